@@ -1,0 +1,14 @@
+//! Kinesin's decisions, and nothing else.
+//!
+//! Everything here is synchronous and total: it takes inputs (and `now`, where time matters) and returns what should
+//! happen. Deliberately absent: tokio, actors, sockets, files, the Kubernetes client, aya, the clock, randomness. Cargo
+//! keeps it so: none of them is a dependency of this crate.
+
+pub mod lb_ipam;
+pub mod maglev;
+pub mod objects;
+pub mod ownership;
+pub mod plan;
+pub mod presence;
+pub mod selector;
+pub mod services;

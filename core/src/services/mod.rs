@@ -1,0 +1,109 @@
+//! From Services and EndpointSlices to what clients can connect to.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_abi::{BackendState, FrontendKind};
+use serde::Serialize;
+use smol_str::SmolStr;
+
+use crate::objects::ObjectKey;
+
+/// What a Service means on this node: the unit that is compiled, planned and written as a whole.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Compiled {
+    /// Everything that clients can connect to, sorted by address, port and protocol.
+    pub frontends: Vec<Frontend>,
+    /// Backend sets that the frontends refer to by index; equal sets are stored once.
+    pub sets: Vec<BackendSet>,
+    /// Parts of the object that could not be used, each naming the field and the fix.
+    pub problems: Vec<String>,
+}
+
+/// One address and port of a Service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frontend {
+    /// `0.0.0.0` or `::` with a NodePort: sockets on this node, whichever local address they use.
+    pub addr: IpAddr,
+    /// 0 for a wildcard.
+    pub port: u16,
+    /// IP protocol number; 0 for a wildcard.
+    pub proto: u8,
+    /// Why it exists.
+    pub kind: FrontendKind,
+    /// `spec.ports[].name`
+    pub port_name: SmolStr,
+    /// Other bits of [`kinesin_abi::frontend_flags`] than the kind.
+    pub flags: u32,
+    /// Session affinity timeout, seconds; 0 for none.
+    pub affinity: u32,
+    /// Index into [`Compiled::sets`] for traffic from outside; `None` for wildcards.
+    pub external: Option<usize>,
+    /// Index into [`Compiled::sets`] for traffic from the cluster.
+    pub internal: Option<usize>,
+}
+
+/// Backends of one service port under one traffic policy, sorted by address and port, without duplicates.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BackendSet {
+    /// All of them; those that take new connections (see `usable`) come first.
+    pub backends: Arc<[BackendRef]>,
+    /// How many of `backends` take new connections: the active ones, or the terminating ones while none is active.
+    pub usable: usize,
+}
+
+/// One pod behind a service port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendRef {
+    /// The pod's address.
+    pub addr: IpAddr,
+    /// The pod's port.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// From the endpoint's conditions.
+    pub state: BackendState,
+    /// Runs on this node.
+    pub local: bool,
+    /// `nodeName`
+    pub node: SmolStr,
+    /// `zone`
+    pub zone: SmolStr,
+}
+
+/// One object of `kinesin services -o json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FrontendView {
+    /// `10.96.0.1:80/TCP`
+    pub address: String,
+    /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalIPs`, `HostPort`
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// `namespace/name`
+    pub service: String,
+    /// Name of the Service's port.
+    pub port_name: SmolStr,
+    /// `all`, or `external` and `internal` when the two differ.
+    pub scope: &'static str,
+    /// `programmed`, `pending` or an error.
+    pub status: String,
+    /// Those in use come first.
+    pub backends: Vec<BackendView>,
+}
+
+/// A backend of [`FrontendView`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BackendView {
+    /// `10.42.0.5:8080`
+    pub address: String,
+    /// `active`, `terminating`, `terminating-not-serving`, `maintenance`
+    pub state: &'static str,
+    /// Node of the pod.
+    pub node: SmolStr,
+    /// Zone of that node.
+    pub zone: SmolStr,
+}
+
+/// Key of the compiled table.
+pub type ServiceKey = ObjectKey;

@@ -1,0 +1,56 @@
+//! The layout of Kinesin's eBPF maps: the only definition, shared by the programs and the agent.
+//!
+//! Every type is `repr(C)`, of fixed width, with explicit padding and an asserted size. Addresses and ports are kept in
+//! wire order behind newtypes, so that neither side can mix byte orders up. IPv4 addresses are stored IPv4-mapped
+//! (RFC 4291 section 2.5.5.2), so that one key serves both families.
+//!
+//! Deliberately absent: `Option`, `bool`, enums with data, `usize`, logic. A change of any layout here needs a new
+//! [`ABI_VERSION`] and a migration in `src/datapath`.
+#![cfg_attr(not(feature = "user"), no_std)]
+
+mod addr;
+mod drop;
+mod flow;
+mod service;
+mod settings;
+
+pub use addr::{Addr, Be16};
+pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
+pub use flow::{
+    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, SocketKey, SocketValue, TCP_SEEN_FIN,
+    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+};
+pub use service::{
+    BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, SLOT_EMPTY, SetRef,
+    frontend_flags,
+};
+pub use settings::{
+    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, Settings,
+};
+
+/// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.
+pub const ABI_VERSION: u32 = 1;
+
+/// IP protocol numbers (IANA) of the transports that services use.
+pub mod proto {
+    /// Matches any protocol: only in wildcard frontends (port 0).
+    pub const ANY: u8 = 0;
+    /// RFC 9293.
+    pub const TCP: u8 = 6;
+    /// RFC 768.
+    pub const UDP: u8 = 17;
+    /// RFC 9260.
+    pub const SCTP: u8 = 132;
+}
+
+/// Marks `repr(C)` types without padding bytes or invalid bit patterns as safe to pass through `bpf(2)`.
+macro_rules! pod {
+    ($($t:ty = $size:expr),* $(,)?) => {$(
+        const _: () = assert!(core::mem::size_of::<$t>() == $size);
+        // SAFETY: the type is `Copy`, `repr(C)`, consists of integers only, and its size equals the sum of its fields
+        // (asserted above against the documented size), so it has no uninitialised padding.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $t {}
+    )*};
+}
+pub(crate) use pod;

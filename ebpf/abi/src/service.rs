@@ -1,0 +1,128 @@
+//! Services: frontends, the slots of their backend sets, and backends.
+//!
+//! A frontend points at contiguous slots of one array, a slot holds a backend's id, an id indexes the array of backends.
+//! Both arrays are plain `BPF_MAP_TYPE_ARRAY`, whose lookups the kernel's JIT inlines; the frontend is the only hash
+//! lookup of a new connection. Frontends of one service port share their slots.
+
+use crate::{Addr, Be16};
+
+/// Index into the backends array; 0 is no backend.
+pub type BackendId = u32;
+
+/// A slot that holds no backend.
+pub const SLOT_EMPTY: BackendId = 0;
+
+/// Key of the frontends hash: where clients connect to.
+///
+/// A wildcard entry (`port` 0, `proto` [`crate::proto::ANY`]) claims all other ports of the address for drops.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct FrontendKey {
+    /// The address that clients use. `0.0.0.0` or `::` with a NodePort stand for every local address (socket hooks only).
+    pub addr: Addr,
+    /// The port that clients use.
+    pub port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// Contiguous slots `base..base + count`, all in use.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct SetRef {
+    /// First slot.
+    pub base: u32,
+    /// How many slots hold usable backends; 0 means that there is none.
+    pub count: u32,
+}
+
+/// Value of the frontends hash.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FrontendValue {
+    /// [`frontend_flags`].
+    pub flags: u32,
+    /// Node-local id of the service port, for session affinity, source ranges and Maglev tables; 0 for wildcards.
+    pub service: u32,
+    /// Session affinity timeout in seconds; 0 when the service has none.
+    pub affinity: u32,
+    /// Backends for traffic from outside the cluster (follows `externalTrafficPolicy` where that applies).
+    pub external: SetRef,
+    /// Backends for traffic from the cluster, also from local sockets (follows `internalTrafficPolicy`).
+    pub internal: SetRef,
+}
+
+/// Bits of [`FrontendValue::flags`]; the lowest three hold the [`FrontendKind`].
+pub mod frontend_flags {
+    /// Mask of the kind.
+    pub const KIND: u32 = 0b111;
+    /// May be reached from outside the node (not a plain ClusterIP).
+    pub const ROUTABLE: u32 = 1 << 3;
+    /// Selection by Maglev table instead of at random.
+    pub const MAGLEV: u32 = 1 << 4;
+    /// Only drops: the address is ours, the port is nobody's.
+    pub const WILDCARD: u32 = 1 << 5;
+    /// `externalTrafficPolicy: Local`.
+    pub const EXTERNAL_LOCAL: u32 = 1 << 6;
+    /// `internalTrafficPolicy: Local`.
+    pub const INTERNAL_LOCAL: u32 = 1 << 7;
+    /// Session affinity `ClientIP`.
+    pub const AFFINITY: u32 = 1 << 8;
+    /// `loadBalancerSourceRanges` apply.
+    pub const SOURCE_RANGES: u32 = 1 << 9;
+}
+
+/// Why a frontend exists.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`
+    ClusterIp = 0,
+    /// `spec.ports[].nodePort` on a node's address.
+    NodePort = 1,
+    /// `status.loadBalancer.ingress[].ip`
+    LoadBalancer = 2,
+    /// `spec.externalIPs`
+    ExternalIps = 3,
+    /// `hostPort` of a local pod.
+    HostPort = 4,
+}
+
+/// Element of the backends array; all zero when the id is free.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct Backend {
+    /// The pod's address.
+    pub addr: Addr,
+    /// The pod's port.
+    pub port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`BackendState`].
+    pub state: u8,
+    /// [`BACKEND_LOCAL`].
+    pub flags: u32,
+}
+
+/// The backend runs on this node.
+pub const BACKEND_LOCAL: u32 = 1;
+
+/// What may be sent to a backend (behaviour of EndpointSlice conditions).
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum BackendState {
+    /// The id is free.
+    Free = 0,
+    /// Takes new connections.
+    Active = 1,
+    /// Takes new connections only while there is no active one.
+    Terminating = 2,
+    /// Takes no new connections; established ones go on.
+    TerminatingNotServing = 3,
+    /// Not ready: takes no new connections.
+    Maintenance = 4,
+}
+
+crate::pod! { FrontendKey = 20, SetRef = 8, FrontendValue = 28, Backend = 24 }

@@ -1,0 +1,66 @@
+//! What the agent tells the programs about the node, its devices and its addresses on the LAN.
+
+use crate::Addr;
+
+/// Number of entries of a Maglev table (prime; the default of `bpf-lb-maglev-table-size`).
+pub const MAGLEV_TABLE_SIZE: u32 = 16_381;
+
+/// The only element of the settings array; written by the agent while the programs run.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Settings {
+    /// CLOCK_MONOTONIC nanoseconds of the agent's last sign of life; 0 before the first.
+    pub alive_at: u64,
+    /// For how many nanoseconds after `alive_at` the programs answer ARP and NDP.
+    pub alive_for: u64,
+    /// [`SETTING_REJECT_NO_BACKEND`].
+    pub flags: u32,
+    /// First source port for translated connections, host order (inclusive).
+    pub snat_min: u16,
+    /// Last source port for translated connections, host order (inclusive).
+    pub snat_max: u16,
+    /// Seed of the hash that indexes Maglev tables (behaviour of `bpf-lb-maglev-hash-seed`).
+    pub maglev_seed: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Answer packets to a frontend without backends with ICMP port unreachable instead of silence.
+pub const SETTING_REJECT_NO_BACKEND: u32 = 1;
+
+/// Value of the devices hash (key: ifindex, `u32`): a device that the programs are attached to or may send from.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DeviceValue {
+    /// The device's MAC; zero for devices without Ethernet header.
+    pub mac: [u8; 6],
+    /// [`DEVICE_ETHERNET`].
+    pub flags: u16,
+    /// Primary IPv4 address in wire order; 0 for none. Source of translated connections.
+    pub ipv4: u32,
+    /// Primary global IPv6 address; unspecified for none.
+    pub ipv6: Addr,
+}
+
+/// The device has Ethernet headers.
+pub const DEVICE_ETHERNET: u16 = 1;
+
+/// Key of the l2 hash: an address that this node answers for, and on which device.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct L2Key {
+    /// The address on the LAN.
+    pub addr: Addr,
+    /// Where requests come in.
+    pub ifindex: u32,
+}
+
+/// Value of the l2 hash.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct L2Value {
+    /// Replies sent by the responder; written by the programs.
+    pub responses_sent: u64,
+}
+
+crate::pod! { Settings = 32, DeviceValue = 28, L2Key = 20, L2Value = 8 }

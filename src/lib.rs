@@ -1,0 +1,16 @@
+//! Kinesin's agent as a library: what the binary and the tests are made of.
+//!
+//! Arrows point one way: `kinesin-abi` ← `kinesin-core` ← `datapath`, `net`, `source` ← `actors` ← `app` ← `cli`.
+
+pub mod actors;
+pub mod address;
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod datapath;
+pub mod lab;
+pub mod net;
+pub mod source;
+pub mod supervisor;
+pub mod table;
