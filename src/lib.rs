@@ -2,6 +2,7 @@
 //!
 //! Arrows point one way: `kinesin-abi` ← `kinesin-core` ← `datapath`, `net`, `source` ← `actors` ← `app` ← `cli`.
 
+pub mod actor;
 pub mod actors;
 pub mod address;
 pub mod admin;
