@@ -1,0 +1,183 @@
+//! Makes the programs answer for this node's addresses, and tells the LAN.
+//!
+//! owns: the l2 map, the sign of life in the settings, the sockets that announce
+//! hears: what vip_owner decided, a (re)loaded data path, its heartbeat
+//! says: gratuitous ARP on the wire
+//! restart story: reads the l2 map back; removes nothing before vip_owner has decided once
+//!
+//! The programs answer only while the sign of life is fresh: an agent that hangs or dies falls silent by itself when its
+//! presence runs out for the others.
+//! Deliberately absent: deciding who answers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_abi::{Addr, L2Key, Settings};
+use metrics::{counter, gauge};
+
+use crate::actor::{Actor, Failure};
+use crate::address::{Address, Label, Timer};
+use crate::datapath::MapStore;
+use crate::level::Follower;
+use crate::net::{clock, garp};
+use crate::table::Subscription;
+use crate::world::{MapsHandle, World};
+
+/// What the responder hears.
+pub enum ArpResponderMsg {
+    /// Answered addresses changed, or the data path was loaded.
+    Wake,
+    /// Time for a sign of life.
+    Beat,
+}
+
+impl Label for ArpResponderMsg {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Wake => "Wake",
+            Self::Beat => "Beat",
+        }
+    }
+}
+
+/// The actor.
+pub struct ArpResponder {
+    world: World,
+    me: Address<ArpResponderMsg>,
+    answered: Subscription<(IpAddr, u32), u64>,
+    maps: Follower<MapsHandle>,
+    store: Option<Arc<dyn MapStore>>,
+    /// What the l2 map holds.
+    programmed: BTreeSet<(IpAddr, u32)>,
+    /// Announcement number last sent for an address and device.
+    announced: BTreeMap<(IpAddr, u32), u64>,
+    beat: Option<Timer>,
+}
+
+impl Actor for ArpResponder {
+    type Msg = ArpResponderMsg;
+    type Args = World;
+
+    async fn start(world: World, me: Address<ArpResponderMsg>) -> Result<Self, Failure> {
+        let wake = { let me = me.clone(); move || drop(me.cast(ArpResponderMsg::Wake)) };
+        me.cast(ArpResponderMsg::Beat);
+        Ok(Self {
+            answered: world.answered.subscribe(wake.clone()),
+            maps: world.maps.follow(wake),
+            store: None,
+            programmed: BTreeSet::new(),
+            announced: BTreeMap::new(),
+            beat: None,
+            me,
+            world,
+        })
+    }
+
+    async fn handle(&mut self, message: ArpResponderMsg) -> Result<(), Failure> {
+        if let Some(handle) = self.maps.changed() {
+            let entries = handle.store.read_l2()?;
+            self.programmed = entries.iter().map(|(key, _)| (IpAddr::from(key.addr), key.ifindex)).collect();
+            self.store = Some(handle.store.clone());
+            self.answered.mark_all();
+        }
+        let Some(store) = self.store.clone() else {
+            self.beat = Some(self.me.cast_after(self.world.config().liveness_interval, ArpResponderMsg::Beat));
+            return Ok(());
+        };
+        if let ArpResponderMsg::Beat = message {
+            self.beat(&*store)?;
+        }
+        self.sync(&*store)
+    }
+}
+
+impl ArpResponder {
+    /// Refreshes the sign of life, and looks whether somebody removed what should be answered.
+    fn beat(&mut self, store: &dyn MapStore) -> Result<(), Failure> {
+        let config = self.world.config();
+        let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2_timing.lease_duration);
+        let alive_for = u64::try_from(alive_for.as_nanos()).unwrap_or(u64::MAX);
+        store.update_settings(&mut |settings: &mut Settings| {
+            *settings = Settings { alive_at, alive_for, ..*settings };
+        })?;
+        let entries = store.read_l2()?;
+        let replies: u64 = entries.iter().map(|(_, value)| value.responses_sent).sum();
+        gauge!("kinesin_l2_replies").set(replies as f64);
+        let held: BTreeSet<_> = entries.iter().map(|(key, _)| (IpAddr::from(key.addr), key.ifindex)).collect();
+        if held != self.programmed {
+            tracing::warn!(held = held.len(), expected = self.programmed.len(), "l2 map differed: repaired");
+            counter!("kinesin_map_repairs_total").increment(1);
+            self.programmed = held;
+            self.answered.mark_all();
+        }
+        self.beat = Some(self.me.cast_after(config.liveness_interval, ArpResponderMsg::Beat));
+        Ok(())
+    }
+
+    fn sync(&mut self, store: &dyn MapStore) -> Result<(), Failure> {
+        // Read before the changes are taken: rows that arrive later come with their own wake-up.
+        let complete = self.answered.table().is_complete();
+        for (key, announcement) in self.answered.take() {
+            match announcement {
+                Some(announcement) => self.answer(store, key, *announcement)?,
+                None => self.fall_silent(store, key)?,
+            }
+        }
+        if complete {
+            let wanted: BTreeSet<_> = self.answered.table().keys().into_iter().collect();
+            for key in self.programmed.difference(&wanted).copied().collect::<Vec<_>>() {
+                self.fall_silent(store, key)?;
+            }
+        }
+        gauge!("kinesin_l2_answered").set(self.programmed.len() as f64);
+        Ok(())
+    }
+
+    fn answer(&mut self, store: &dyn MapStore, key: (IpAddr, u32), announcement: u64) -> Result<(), Failure> {
+        let (ip, ifindex) = key;
+        if !self.programmed.contains(&key) {
+            store.put_l2(L2Key { addr: Addr::from(ip), ifindex })?;
+            self.programmed.insert(key);
+            tracing::info!(address = %ip, device = self.name_of(ifindex), "answering");
+        }
+        if self.announced.insert(key, announcement) != Some(announcement) {
+            self.announce(ip, ifindex);
+        }
+        Ok(())
+    }
+
+    fn fall_silent(&mut self, store: &dyn MapStore, key: (IpAddr, u32)) -> Result<(), Failure> {
+        let (ip, ifindex) = key;
+        self.announced.remove(&key);
+        if self.programmed.contains(&key) {
+            store.delete_l2(&L2Key { addr: Addr::from(ip), ifindex })?;
+            self.programmed.remove(&key);
+            tracing::info!(address = %ip, device = self.name_of(ifindex), "no longer answering");
+        }
+        Ok(())
+    }
+
+    /// A lost announcement is no failure: it is repeated, and ARP requests are answered anyway.
+    fn announce(&self, ip: IpAddr, ifindex: u32) {
+        let devices = self.world.devices.get();
+        let Some(device) = devices.as_ref().and_then(|devices| devices.by_index(ifindex)) else {
+            return;
+        };
+        let IpAddr::V4(v4) = ip else { return };
+        let outcome = match garp::send(ifindex, device.mac, v4) {
+            Ok(()) => "success",
+            Err(error) => {
+                tracing::warn!(address = %ip, device = %device.name, %error, "gratuitous ARP not sent");
+                "fail"
+            }
+        };
+        counter!("kinesin_l2_announcements_total", "outcome" => outcome).increment(1);
+    }
+
+    fn name_of(&self, ifindex: u32) -> String {
+        let devices = self.world.devices.get();
+        let device = devices.as_ref().and_then(|devices| devices.by_index(ifindex));
+        device.map_or_else(|| format!("if{ifindex}"), |device| device.name.to_string())
+    }
+}

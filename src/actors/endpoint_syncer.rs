@@ -1,0 +1,127 @@
+//! Compiles Services and their EndpointSlices into what clients can connect to.
+//!
+//! owns: the compiled table, and the index from Services to their slices
+//! hears: changes of services, slices, this node's labels and addresses, the configuration
+//! says: changed services to the compiled table's subscribers
+//! restart story: recompiles everything from the tables; equal results wake nobody
+//!
+//! A change of one slice recompiles one Service: its cost is that Service's endpoints, whatever else exists.
+//! Deliberately absent: knowledge of maps.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use kinesin_core::objects::{EndpointSlice, Node, ObjectKey, Service};
+use kinesin_core::services::{self, Compiled, NodeContext, ServiceKey, SliceIndex};
+use metrics::{counter, gauge};
+
+use crate::actor::{Actor, Failure};
+use crate::address::{Address, Label};
+use crate::level::Follower;
+use crate::table::{Subscription, Table};
+use crate::world::{Devices, World};
+
+/// What the syncer hears.
+pub enum EndpointSyncerMsg {
+    /// One of its inputs changed.
+    Wake,
+}
+
+impl Label for EndpointSyncerMsg {
+    fn label(&self) -> &'static str {
+        "Wake"
+    }
+}
+
+/// The actor.
+pub struct EndpointSyncer {
+    world: World,
+    services: Subscription<ObjectKey, Service>,
+    slices: Subscription<ObjectKey, EndpointSlice>,
+    nodes: Subscription<ObjectKey, Node>,
+    devices: Follower<Devices>,
+    config: Follower<crate::config::Config>,
+    index: SliceIndex,
+    context: NodeContext,
+    compiled: Table<ServiceKey, Compiled>,
+}
+
+impl Actor for EndpointSyncer {
+    type Msg = EndpointSyncerMsg;
+    type Args = World;
+
+    async fn start(world: World, me: Address<EndpointSyncerMsg>) -> Result<Self, Failure> {
+        let wake = move || drop(me.cast(EndpointSyncerMsg::Wake));
+        Ok(Self {
+            services: world.services.subscribe(wake.clone()),
+            slices: world.slices.subscribe(wake.clone()),
+            nodes: world.nodes.subscribe(wake.clone()),
+            devices: world.devices.follow(wake.clone()),
+            config: world.config.follow(wake),
+            index: SliceIndex::default(),
+            context: NodeContext::default(),
+            compiled: world.compiled.clone(),
+            world,
+        })
+    }
+
+    async fn handle(&mut self, EndpointSyncerMsg::Wake: EndpointSyncerMsg) -> Result<(), Failure> {
+        // Read before the changes are taken: rows that arrive later come with their own wake-up.
+        let complete = self.world.services.is_complete() && self.world.slices.is_complete();
+        for key in self.dirty() {
+            self.compile(&key);
+        }
+        gauge!("kinesin_services").set(self.compiled.len() as f64);
+        if complete {
+            self.compiled.set_complete();
+        }
+        Ok(())
+    }
+}
+
+impl EndpointSyncer {
+    /// The services that the changes since the last call concern.
+    fn dirty(&mut self) -> BTreeSet<ServiceKey> {
+        if self.context_changed() {
+            self.services.mark_all();
+        }
+        let mut dirty: BTreeSet<_> = self.services.take().into_iter().map(|(key, _)| key).collect();
+        for (key, slice) in self.slices.take() {
+            dirty.extend(match slice {
+                Some(slice) => self.index.upsert(key, slice),
+                None => self.index.remove(&key),
+            });
+        }
+        // After a restart: rows of services that went away while nobody looked.
+        dirty
+    }
+
+    fn context_changed(&mut self) -> bool {
+        // All three are read, so that none of them stays marked.
+        let (nodes, devices, config) = (self.nodes.take(), self.devices.changed(), self.config.changed());
+        let mine = nodes.iter().any(|(key, _)| key.name == self.world.node);
+        if !(mine || devices.is_some() || config.is_some()) {
+            return false;
+        }
+        let node = self.world.nodes.get(&ObjectKey::new("", self.world.node.clone()));
+        let devices = self.world.devices.get();
+        let context = self.world.config().node_context(&self.world.node, node.as_deref(), devices.as_deref());
+        let changed = context != self.context;
+        self.context = context;
+        changed
+    }
+
+    fn compile(&self, key: &ServiceKey) {
+        let Some(service) = self.world.services.get(key) else {
+            if self.compiled.remove(key) {
+                counter!("kinesin_services_events_total", "action" => "delete").increment(1);
+            }
+            return;
+        };
+        let slices = self.index.slices_of(key);
+        let compiled = services::compile(&service, slices.map(Arc::as_ref), &self.context);
+        if self.compiled.put(key.clone(), compiled) {
+            counter!("kinesin_services_events_total", "action" => "update").increment(1);
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Writes services into the maps.
+//!
+//! owns: the plan (ids, slots, what the maps should hold) and every write to the services' maps
+//! hears: changed services, a (re)loaded data path, the clock for comparing maps with the plan
+//! says: which services could not be written; that the first complete sync is in the maps
+//! restart story: reads the maps back as the actual state, adopts their ids, and plans only the difference; prunes
+//! nothing before every source has reported its first complete list
+//!
+//! Deliberately absent: waiting. A refused write is retried on a later tick, other services go on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kinesin_core::plan::{Limits, Op, Planner, in_phases};
+use kinesin_core::services::{Compiled, ServiceKey};
+use metrics::{counter, gauge, histogram};
+
+use crate::actor::{Actor, Failure};
+use crate::address::{Address, Label, Timer};
+use crate::datapath::MapStore;
+use crate::level::Follower;
+use crate::table::Subscription;
+use crate::world::{MapsHandle, World};
+
+/// What the writer hears.
+pub enum MapWriterMsg {
+    /// Services changed, or the data path was loaded.
+    Wake,
+    /// Time to compare the maps with the plan, and to try again what was refused.
+    Verify,
+}
+
+impl Label for MapWriterMsg {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Wake => "Wake",
+            Self::Verify => "Verify",
+        }
+    }
+}
+
+/// Up to this many operations are written on the actor's own thread: they take less than a handler's budget of 10 ms.
+const INLINE_OPS: usize = 2_048;
+
+/// After a refused write the maps are read back this soon.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The actor.
+pub struct MapWriter {
+    world: World,
+    me: Address<MapWriterMsg>,
+    compiled: Subscription<ServiceKey, Compiled>,
+    maps: Follower<MapsHandle>,
+    store: Option<Arc<dyn MapStore>>,
+    planner: Planner,
+    pruned: bool,
+    /// Services that did not fit; tried again after every removal and on every verification.
+    refused: BTreeMap<ServiceKey, String>,
+    verify: Timer,
+}
+
+impl Actor for MapWriter {
+    type Msg = MapWriterMsg;
+    type Args = World;
+
+    async fn start(world: World, me: Address<MapWriterMsg>) -> Result<Self, Failure> {
+        let wake = { let me = me.clone(); move || drop(me.cast(MapWriterMsg::Wake)) };
+        let verify = me.cast_after(world.config().verify_interval(), MapWriterMsg::Verify);
+        Ok(Self {
+            compiled: world.compiled.subscribe(wake.clone()),
+            maps: world.maps.follow(wake),
+            store: None,
+            planner: Planner::new(Limits::default()),
+            pruned: false,
+            refused: BTreeMap::new(),
+            verify,
+            me,
+            world,
+        })
+    }
+
+    async fn handle(&mut self, message: MapWriterMsg) -> Result<(), Failure> {
+        if let Some(handle) = self.maps.changed() {
+            self.adopt(&handle).await?;
+        }
+        let Some(store) = self.store.clone() else {
+            return Ok(());
+        };
+        match message {
+            MapWriterMsg::Wake => self.sync(&store).await?,
+            MapWriterMsg::Verify => self.verify(&store).await?,
+        }
+        Ok(())
+    }
+}
+
+impl MapWriter {
+    /// Starts over on a freshly loaded data path.
+    async fn adopt(&mut self, handle: &MapsHandle) -> Result<(), Failure> {
+        let store = handle.store.clone();
+        if self.store.as_ref().is_some_and(|old| Arc::ptr_eq(old, &store)) {
+            return Ok(());
+        }
+        let actual = blocking({ let store = store.clone(); move || store.read() }).await??;
+        tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
+        self.planner = Planner::new(store.limits());
+        let repairs = self.planner.adopt(actual);
+        self.store = Some(store.clone());
+        self.pruned = false;
+        self.refused.clear();
+        self.compiled.mark_all();
+        self.apply(&store, repairs, "adopt").await;
+        Ok(())
+    }
+
+    /// Plans and writes what changed.
+    async fn sync(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
+        let begun = Instant::now();
+        // Read before the changes are taken: rows that arrive later come with their own wake-up.
+        let complete = self.world.compiled.is_complete();
+        let changes = self.compiled.take();
+        let mut plans = Vec::new();
+        for (key, compiled) in &changes {
+            match compiled {
+                Some(compiled) => self.plan(key, compiled, &mut plans),
+                None => {
+                    self.refused.remove(key);
+                    plans.push(self.planner.remove(key));
+                }
+            }
+        }
+        if changes.iter().any(|(_, compiled)| compiled.is_none()) {
+            self.retry_refused(&mut plans);
+        }
+        let first = complete && !self.pruned;
+        if first {
+            plans.push(self.planner.prune());
+        }
+        let written = self.apply(store, in_phases(plans), "sync").await;
+        self.publish_refused();
+        histogram!("kinesin_map_sync_seconds").record(begun.elapsed());
+        if first && written {
+            self.pruned = true;
+            let stats = self.planner.stats();
+            tracing::info!(services = stats.services, frontends = stats.frontends, backends = stats.backends, took = ?begun.elapsed(), "first complete sync is in the maps");
+            self.world.programmed.set(true);
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self, key: &ServiceKey, compiled: &Compiled, plans: &mut Vec<Vec<Op>>) {
+        match self.planner.update(key, compiled) {
+            Ok(ops) => {
+                self.refused.remove(key);
+                plans.push(ops);
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.refused.insert(key.clone(), text.clone()).as_ref() != Some(&text) {
+                    tracing::error!(service = %key, error = text, "service not programmed");
+                }
+            }
+        }
+    }
+
+    fn retry_refused(&mut self, plans: &mut Vec<Vec<Op>>) {
+        for key in self.refused.keys().cloned().collect::<Vec<_>>() {
+            match self.world.compiled.get(&key) {
+                Some(compiled) => self.plan(&key, &compiled, plans),
+                None => drop(self.refused.remove(&key)),
+            }
+        }
+    }
+
+    /// Compares the maps with the plan and writes the difference: what others changed, and what was refused.
+    async fn verify(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
+        self.verify = self.me.cast_after(self.world.config().verify_interval(), MapWriterMsg::Verify);
+        if !self.pruned {
+            // What nobody has claimed yet is not a difference.
+            return self.sync(store).await;
+        }
+        let actual = blocking({ let store = store.clone(); move || store.read() }).await??;
+        let repairs = self.planner.repair(&actual);
+        if !repairs.is_empty() {
+            counter!("kinesin_map_repairs_total").increment(repairs.len() as u64);
+            tracing::warn!(operations = repairs.len(), "maps differed from the plan: repaired");
+        }
+        self.apply(store, repairs, "repair").await;
+        let mut plans = Vec::new();
+        self.retry_refused(&mut plans);
+        self.apply(store, in_phases(plans), "retry").await;
+        self.publish_refused();
+        for table in store.usage() {
+            gauge!("kinesin_map_pressure", "map_name" => table.name).set(table.pressure());
+        }
+        Ok(())
+    }
+
+    /// Writes operations; after a refusal the kernel's state is unknown, so it is read back soon.
+    async fn apply(&mut self, store: &Arc<dyn MapStore>, ops: Vec<Op>, why: &'static str) -> bool {
+        if ops.is_empty() {
+            return true;
+        }
+        let count = ops.len();
+        let result = if count <= INLINE_OPS {
+            store.apply(&ops)
+        } else {
+            let store = store.clone();
+            match blocking(move || store.apply(&ops)).await {
+                Ok(result) => result,
+                Err(error) => {
+                    tracing::error!(%error, "map writes panicked");
+                    return false;
+                }
+            }
+        };
+        let outcome = if result.is_ok() { "success" } else { "fail" };
+        counter!("kinesin_map_operations_total", "why" => why, "outcome" => outcome).increment(count as u64);
+        match result {
+            Ok(()) => {
+                self.world.problems.clear("maps");
+                true
+            }
+            Err(error) => {
+                self.world.problems.set("maps", vec![error.to_string()]);
+                self.verify = self.me.cast_after(RETRY, MapWriterMsg::Verify);
+                false
+            }
+        }
+    }
+
+    fn publish_refused(&self) {
+        for key in self.world.unwritten.keys() {
+            if !self.refused.contains_key(&key) {
+                self.world.unwritten.remove(&key);
+            }
+        }
+        for (key, text) in &self.refused {
+            self.world.unwritten.put(key.clone(), text.clone());
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+    Ok(tokio::task::spawn_blocking(work).await?)
+}

@@ -1,0 +1,99 @@
+//! The levels that the agent's actors share. Each has exactly one writer, named at its field.
+//!
+//! Deliberately absent: methods that decide anything.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pool, Service};
+use kinesin_core::services::{Compiled, ServiceKey};
+use smol_str::SmolStr;
+
+use crate::config::Config;
+use crate::level::Level;
+use crate::table::Table;
+
+mod problems;
+mod shared;
+
+pub use problems::Problems;
+pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, PoolCounts, StatusKey, StatusOrder, StatusPatch, Vip};
+
+/// Everything that actors share.
+#[derive(Clone)]
+pub struct World {
+    /// This node's name.
+    pub node: SmolStr,
+    /// Written by config_watcher.
+    pub config: Level<Config>,
+    /// Written by service_watcher.
+    pub services: Table<ObjectKey, Service>,
+    /// Written by endpoint_watcher.
+    pub slices: Table<ObjectKey, EndpointSlice>,
+    /// Written by node_watcher.
+    pub nodes: Table<ObjectKey, Node>,
+    /// Written by pool_watcher.
+    pub pools: Table<ObjectKey, Pool>,
+    /// Written by policy_watcher.
+    pub policies: Table<ObjectKey, L2Policy>,
+    /// Written by lease_watcher.
+    pub leases: Table<ObjectKey, Lease>,
+    /// Written by link_watcher.
+    pub devices: Level<Devices>,
+    /// Written by loader: the maps, and what is attached where.
+    pub maps: Level<MapsHandle>,
+    /// Written by endpoint_syncer.
+    pub compiled: Table<ServiceKey, Compiled>,
+    /// Written by map_writer: services whose entries could not be written, and why.
+    pub unwritten: Table<ServiceKey, String>,
+    /// Written by map_writer: set once the first complete sync is in the maps.
+    pub programmed: Level<bool>,
+    /// Written by leader_elector.
+    pub leadership: Level<Leadership>,
+    /// Written by membership.
+    pub members: Level<LiveMembers>,
+    /// Written by lb_ipam (on the elected agent).
+    pub pool_counts: Level<BTreeMap<String, PoolCounts>>,
+    /// Written by vip_owner: every announced address that this node knows of.
+    pub vips: Table<IpAddr, Vip>,
+    /// Written by vip_owner: what this node answers for; complete once it has decided for the first time.
+    pub answered: Table<(IpAddr, u32), u64>,
+    /// Orders for status_writer; written by lb_ipam and vip_owner, each under its own keys.
+    pub orders: Table<StatusKey, StatusOrder>,
+    /// What is wrong, by area; written by everybody, each under its own areas.
+    pub problems: Problems,
+}
+
+impl World {
+    /// Empty levels for a node.
+    pub fn new(node: SmolStr, config: Config) -> Self {
+        Self {
+            node,
+            config: Level::with(config),
+            services: Table::default(),
+            slices: Table::default(),
+            nodes: Table::default(),
+            pools: Table::default(),
+            policies: Table::default(),
+            leases: Table::default(),
+            devices: Level::default(),
+            maps: Level::default(),
+            compiled: Table::default(),
+            unwritten: Table::default(),
+            programmed: Level::with(false),
+            leadership: Level::default(),
+            members: Level::default(),
+            pool_counts: Level::default(),
+            vips: Table::default(),
+            answered: Table::default(),
+            orders: Table::default(),
+            problems: Problems::default(),
+        }
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.get().expect("World::new sets it and nobody removes it")
+    }
+}

@@ -1,0 +1,129 @@
+//! Types of the levels that belong to no single part.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_core::devices::Device;
+use kinesin_core::objects::{Condition, ObjectKey};
+use kinesin_core::presence::Record;
+use smol_str::SmolStr;
+
+use crate::datapath::{HookStatus, MapStore};
+
+/// The node's links.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Devices {
+    /// Every link of the network namespace, by ifindex.
+    pub all: Vec<Device>,
+    /// Interface indices of the selected ones (`devices`, or the automatic rules).
+    pub selected: Vec<u32>,
+}
+
+impl Devices {
+    /// The selected devices.
+    pub fn selected(&self) -> impl Iterator<Item = &Device> {
+        self.all.iter().filter(|device| self.selected.contains(&device.ifindex))
+    }
+
+    /// A device by index.
+    pub fn by_index(&self, ifindex: u32) -> Option<&Device> {
+        self.all.iter().find(|device| device.ifindex == ifindex)
+    }
+}
+
+/// The loaded data path.
+#[derive(Clone)]
+pub struct MapsHandle {
+    /// Increases with each load, so that a reload counts as a change.
+    pub generation: u64,
+    /// The maps.
+    pub store: Arc<dyn MapStore>,
+    /// What is attached where.
+    pub hooks: Vec<HookStatus>,
+}
+
+impl PartialEq for MapsHandle {
+    fn eq(&self, other: &Self) -> bool {
+        self.generation == other.generation && self.hooks == other.hooks
+    }
+}
+
+/// Who has the cluster-wide duties.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leadership {
+    /// This agent has them.
+    pub leading: bool,
+    /// Who has them, as far as this agent knows.
+    pub holder: Option<SmolStr>,
+}
+
+/// The agents that are alive, this one included, by node.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LiveMembers {
+    /// What each last said of itself.
+    pub records: BTreeMap<SmolStr, Record>,
+    /// Whether the first complete list of presence leases has been seen.
+    pub settled: bool,
+}
+
+/// One pool's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolCounts {
+    /// Decimal: IPv6 ranges exceed 64 bits.
+    pub total: String,
+    /// Free to be handed out.
+    pub available: String,
+    /// Handed out or reserved.
+    pub used: String,
+}
+
+/// An announced address as this node sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vip {
+    /// Services that have the address.
+    pub services: Vec<ObjectKey>,
+    /// Node that answers for it.
+    pub owner: Option<SmolStr>,
+    /// Devices of this node that answer for it, by index.
+    pub devices: Vec<u32>,
+    /// RFC 3339; when the present owner was first seen as such.
+    pub since: String,
+    /// `owned`, `standby`, `unowned`, …
+    pub state: &'static str,
+}
+
+/// What status_writer writes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StatusKey {
+    /// `services/status`
+    Service(ObjectKey),
+    /// `ciliumloadbalancerippools/status`
+    Pool(SmolStr),
+    /// `ciliuml2announcementpolicies/status`
+    Policy(SmolStr),
+}
+
+/// An order to write a status. The serial number makes an order that is given again a new one: somebody may have
+/// overwritten what the last one wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatusOrder {
+    /// Increases with each order of the same giver.
+    pub serial: u64,
+    /// What to write.
+    pub status: StatusPatch,
+}
+
+/// The status that an object should have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StatusPatch {
+    /// Addresses and the allocator's condition; `None` removes the condition.
+    Service {
+        /// The whole list.
+        ingress: Vec<IpAddr>,
+        /// Of type `cilium.io/IPAMRequestSatisfied`.
+        condition: Option<Condition>,
+    },
+    /// Conditions of these types.
+    Conditions(Vec<Condition>),
+}
