@@ -1,0 +1,348 @@
+//! The keys that have an effect. Everything else about them is derived from this table: see the module's header.
+
+use super::value::Kind;
+
+/// A key of the configuration.
+pub struct KeyDef {
+    /// The file's name in the config directory, the flag, and (upper case, `_`) the environment variable.
+    pub name: &'static str,
+    /// An older name that means the same, or empty.
+    pub alias: &'static str,
+    /// Heading in documentation and help.
+    pub group: &'static str,
+    /// As it would be written.
+    pub default: &'static str,
+    /// What it does, one line.
+    pub doc: &'static str,
+    /// What a change of it costs.
+    pub reload: Reload,
+    /// The type and the place.
+    pub(super) kind: Kind,
+}
+
+/// What applying a changed value costs. No key needs a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reload {
+    /// Nothing: whoever uses it reads the new value.
+    Live,
+    /// Programs or maps are made anew and replace the old ones; connections go on.
+    Reattach,
+}
+
+impl KeyDef {
+    /// What may be written.
+    pub fn allowed(&self) -> String {
+        self.kind.allowed()
+    }
+
+    /// The type's short name.
+    pub fn type_name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    /// Whether the flag may stand alone, meaning `true`.
+    pub fn is_switch(&self) -> bool {
+        matches!(self.kind, Kind::Bool(_) | Kind::OptionalBool(_))
+    }
+
+    /// The environment variable, with the preferred prefix.
+    pub fn env(&self) -> String {
+        format!("KINESIN_{}", self.name.to_uppercase().replace('-', "_"))
+    }
+}
+
+/// The key called `name`, which may be an alias.
+pub fn find(name: &str) -> Option<&'static KeyDef> {
+    KEYS.iter().find(|key| key.name == name || (!key.alias.is_empty() && key.alias == name))
+}
+
+const fn live(group: &'static str, name: &'static str, default: &'static str, kind: Kind, doc: &'static str) -> KeyDef {
+    KeyDef { name, alias: "", group, default, doc, reload: Reload::Live, kind }
+}
+
+const fn reattach(
+    group: &'static str,
+    name: &'static str,
+    default: &'static str,
+    kind: Kind,
+    doc: &'static str,
+) -> KeyDef {
+    KeyDef { name, alias: "", group, default, doc, reload: Reload::Reattach, kind }
+}
+
+/// Sizes that Maglev tables may have; all prime.
+const MAGLEV_SIZES: &[u32] = &[251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071];
+/// Bounds of a conntrack map, entries.
+const CT_MIN: u32 = 1 << 10;
+const CT_MAX: u32 = 1 << 24;
+
+const SOURCE: &str = "Sources";
+const PATHS: &str = "Files and directories";
+const DEVICES: &str = "Devices and families";
+const SERVICES: &str = "Services";
+const L2: &str = "L2 announcements";
+const IPAM: &str = "Addresses for LoadBalancer Services";
+const K8S: &str = "Kubernetes";
+const OBSERVE: &str = "Logs, metrics and health";
+
+/// Every key that has an effect, in the order of the documentation.
+pub static KEYS: &[KeyDef] = &[
+    live(
+        SOURCE,
+        "source",
+        "kubernetes",
+        Kind::Choice(|c| &mut c.source.kind),
+        "Where objects come from: the Kubernetes API or a directory of YAML.",
+    ),
+    live(
+        SOURCE,
+        "manifests-dir",
+        "",
+        Kind::Path { optional: true, at: |c| &mut c.source.manifests_dir },
+        "The directory that `source=manifests` reads and watches.",
+    ),
+    live(
+        SOURCE,
+        "lb-init-wait-timeout",
+        "1m",
+        Kind::Duration(|c| &mut c.services.init_wait),
+        "How long to wait for the first complete lists before the state is reported as degraded; nothing is pruned before they are complete.",
+    ),
+    live(
+        PATHS,
+        "state-dir",
+        "/var/run/kinesin",
+        Kind::Path { optional: false, at: |c| &mut c.paths.state_dir },
+        "Where the agent keeps its own files.",
+    ),
+    live(
+        PATHS,
+        "socket-path",
+        "/var/run/kinesin/kinesin.sock",
+        Kind::Path { optional: false, at: |c| &mut c.paths.socket },
+        "The admin socket, which the command line talks to.",
+    ),
+    reattach(
+        PATHS,
+        "bpf-root",
+        "/sys/fs/bpf",
+        Kind::Path { optional: false, at: |c| &mut c.paths.bpf_root },
+        "Where the BPF file system is mounted; pinned maps and links live in `kinesin/` under it.",
+    ),
+    reattach(
+        PATHS,
+        "cgroup-root",
+        "",
+        Kind::Path { optional: true, at: |c| &mut c.paths.cgroup_root },
+        "The cgroup2 directory whose sockets are translated; empty uses the mount found in /proc/mounts.",
+    ),
+    reattach(
+        DEVICES,
+        "devices",
+        "",
+        Kind::Words(|c| &mut c.devices),
+        "Devices that traffic from outside comes in on: names, `eth+` for a prefix, `!docker0` to exclude, first match wins; empty selects automatically.",
+    ),
+    live(DEVICES, "enable-ipv4", "true", Kind::Bool(|c| &mut c.families.ipv4), "Serve IPv4."),
+    live(DEVICES, "enable-ipv6", "false", Kind::Bool(|c| &mut c.families.ipv6), "Serve IPv6."),
+    reattach(
+        SERVICES,
+        "kube-proxy-replacement",
+        "false",
+        Kind::Bool(|c| &mut c.services.kube_proxy_replacement),
+        "Do all of kube-proxy's work: NodePorts, LoadBalancer and external addresses, and local sockets.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-sock",
+        "",
+        Kind::OptionalBool(|c| &mut c.services.socket_lb),
+        "Translate service addresses when local sockets connect; always on with `kube-proxy-replacement=true`.",
+    ),
+    live(
+        SERVICES,
+        "node-port-range",
+        "30000,32767",
+        Kind::Ports(|c| &mut c.services.node_port_range),
+        "Ports that NodePorts come from; translated connections take their source ports from above it.",
+    ),
+    live(
+        SERVICES,
+        "nodeport-addresses",
+        "",
+        Kind::Cidrs(|c| &mut c.services.node_port_addresses),
+        "Networks whose local addresses serve NodePorts; empty means all.",
+    ),
+    KeyDef {
+        name: "bpf-lb-algorithm",
+        alias: "node-port-algorithm",
+        group: SERVICES,
+        default: "random",
+        doc: "How a backend is selected: evenly at random, or by a Maglev table that is equal on all nodes.",
+        reload: Reload::Live,
+        kind: Kind::Choice(|c| &mut c.services.algorithm),
+    },
+    reattach(
+        SERVICES,
+        "bpf-lb-maglev-table-size",
+        "16381",
+        Kind::OneOf { options: MAGLEV_SIZES, at: |c| &mut c.services.maglev_table_size },
+        "Entries of a Maglev table. Only 16381 is supported so far; another size is reported and 16381 used.",
+    ),
+    live(
+        SERVICES,
+        "bpf-lb-maglev-hash-seed",
+        "JLfvgnHc2kaSUFaI",
+        Kind::Seed(|c| &mut c.services.maglev_seed),
+        "Seed of the Maglev tables; equal on all nodes.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-map-max",
+        "65536",
+        Kind::Int { min: 16, max: CT_MAX, at: |c| &mut c.services.map_max },
+        "Entries of each load balancing map.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-ct-global-tcp-max",
+        "131072",
+        Kind::Int { min: CT_MIN, max: CT_MAX, at: |c| &mut c.services.ct_tcp_max },
+        "Tracked TCP connections.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-ct-global-any-max",
+        "65536",
+        Kind::Int { min: CT_MIN, max: CT_MAX, at: |c| &mut c.services.ct_any_max },
+        "Tracked connections of other protocols.",
+    ),
+    live(
+        SERVICES,
+        "service-no-backend-response",
+        "reject",
+        Kind::Choice(|c| &mut c.services.no_backend),
+        "What clients of a service without backends get: ICMP port unreachable, or nothing.",
+    ),
+    live(
+        SERVICES,
+        "k8s-service-proxy-name",
+        "",
+        Kind::Text(|c| &mut c.services.proxy_name),
+        "Serve only Services whose label `service.kubernetes.io/service-proxy-name` has this value; empty: those without it.",
+    ),
+    live(
+        L2,
+        "enable-l2-announcements",
+        "false",
+        Kind::Bool(|c| &mut c.l2.enabled),
+        "Answer for service addresses on the LAN, as CiliumL2AnnouncementPolicy objects say.",
+    ),
+    live(
+        L2,
+        "l2-announcements-lease-duration",
+        "15s",
+        Kind::Duration(|c| &mut c.l2.lease_duration),
+        "How long a node counts as present after its last sign of life, and its programs go on answering.",
+    ),
+    live(
+        L2,
+        "l2-announcements-renew-deadline",
+        "5s",
+        Kind::Duration(|c| &mut c.l2.renew_deadline),
+        "How often a node renews its presence at the latest.",
+    ),
+    live(
+        L2,
+        "l2-announcements-retry-period",
+        "2s",
+        Kind::Duration(|c| &mut c.l2.retry_period),
+        "How long to wait after a failed renewal.",
+    ),
+    live(
+        L2,
+        "agent-liveness-update-interval",
+        "1s",
+        Kind::Duration(|c| &mut c.l2.liveness_interval),
+        "How often the agent tells its programs that it is alive.",
+    ),
+    live(
+        IPAM,
+        "enable-lb-ipam",
+        "true",
+        Kind::Bool(|c| &mut c.lb_ipam.enabled),
+        "Give addresses from CiliumLoadBalancerIPPool objects to LoadBalancer Services.",
+    ),
+    live(
+        IPAM,
+        "default-lb-service-ipam",
+        "lbipam",
+        Kind::Choice(|c| &mut c.lb_ipam.default_for),
+        "Who gives addresses to LoadBalancer Services that name no loadBalancerClass.",
+    ),
+    live(
+        K8S,
+        "k8s-kubeconfig-path",
+        "",
+        Kind::Path { optional: true, at: |c| &mut c.kubernetes.kubeconfig },
+        "The kubeconfig to use; empty uses the pod's service account.",
+    ),
+    live(
+        K8S,
+        "k8s-api-server-urls",
+        "",
+        Kind::Urls(|c| &mut c.kubernetes.api_servers),
+        "API servers, in order of preference; empty uses the one of kubeconfig or of the pod's environment.",
+    ),
+    live(
+        K8S,
+        "k8s-namespace",
+        "default",
+        Kind::Text(|c| &mut c.kubernetes.namespace),
+        "The namespace of the agents' Leases.",
+    ),
+    live(
+        K8S,
+        "k8s-client-qps",
+        "10",
+        Kind::Rate(|c| &mut c.kubernetes.qps),
+        "Requests per second to the API server, on average.",
+    ),
+    live(
+        K8S,
+        "k8s-client-burst",
+        "20",
+        Kind::Int { min: 1, max: 100_000, at: |c| &mut c.kubernetes.burst },
+        "Requests to the API server that may go out at once.",
+    ),
+    live(
+        K8S,
+        "skip-crd-creation",
+        "false",
+        Kind::Bool(|c| &mut c.kubernetes.skip_crd_creation),
+        "Leave the custom resource definitions to somebody else.",
+    ),
+    live(
+        OBSERVE,
+        "kube-proxy-replacement-healthz-bind-address",
+        "",
+        Kind::Listen(|c| &mut c.observe.healthz),
+        "Where `GET /healthz` answers as kube-proxy's does.",
+    ),
+    live(
+        OBSERVE,
+        "prometheus-serve-addr",
+        "",
+        Kind::Listen(|c| &mut c.observe.prometheus),
+        "Where `/metrics`, `/livez` and `/readyz` answer.",
+    ),
+    live(OBSERVE, "log-level", "", Kind::Level(|c| &mut c.observe.level), "How much is logged; empty means info."),
+    live(
+        OBSERVE,
+        "debug",
+        "false",
+        Kind::Bool(|c| &mut c.observe.debug),
+        "Log at level debug where `log-level` is not set.",
+    ),
+];

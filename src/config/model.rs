@@ -1,0 +1,307 @@
+//! The validated configuration: one typed struct, made by [`super::load`] and never changed afterwards.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+/// A setting with a closed set of spellings.
+pub trait Choice {
+    /// All spellings, the canonical ones.
+    fn options(&self) -> &'static [&'static str];
+    /// Takes the value spelled `text`; false when there is none.
+    fn choose(&mut self, text: &str) -> bool;
+    /// The current value's spelling.
+    fn spelling(&self) -> &'static str;
+}
+
+macro_rules! choices {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal $(| $alias:literal)*,)+ })+) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+
+        impl Choice for $name {
+            fn options(&self) -> &'static [&'static str] {
+                &[$($text),+]
+            }
+            fn choose(&mut self, text: &str) -> bool {
+                *self = match text { $($text $(| $alias)* => Self::$variant,)+ _ => return false };
+                true
+            }
+            fn spelling(&self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.spelling())
+            }
+        }
+    )+};
+}
+
+choices! {
+    /// Where objects come from (`source`).
+    SourceKind {
+        /// The Kubernetes API.
+        #[default]
+        Kubernetes = "kubernetes",
+        /// A directory of YAML.
+        Manifests = "manifests",
+    }
+    /// How a backend is selected (`bpf-lb-algorithm`).
+    Algorithm {
+        /// Evenly at random.
+        #[default]
+        Random = "random",
+        /// By a Maglev table, equal on all nodes.
+        Maglev = "maglev",
+    }
+    /// What a client of a service without backends gets (`service-no-backend-response`).
+    NoBackend {
+        /// ICMP port unreachable.
+        #[default]
+        Reject = "reject",
+        /// Silence.
+        Drop = "drop",
+    }
+    /// Who gives addresses to LoadBalancer Services without a class (`default-lb-service-ipam`).
+    DefaultIpam {
+        /// LB-IPAM, from pools.
+        #[default]
+        LbIpam = "lbipam",
+        /// Node-IPAM: the nodes' own addresses.
+        NodeIpam = "nodeipam",
+        /// Nobody.
+        None = "none",
+    }
+    /// How much is logged (`log-level`).
+    LogLevel {
+        /// Only failures.
+        Error = "error",
+        /// And what an operator should look at.
+        Warn = "warn" | "warning",
+        /// And what changed.
+        #[default]
+        Info = "info",
+        /// And every event.
+        Debug = "debug",
+        /// And everything.
+        Trace = "trace",
+    }
+}
+
+/// Everything that can be configured. `Default` is blank, not the defaults: use [`super::load`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Config {
+    /// Short hash of the effective settings: equal on two nodes exactly when they run with the same settings, because
+    /// the node's name is left out.
+    pub generation: String,
+    /// This node: `K8S_NODE_NAME`, else the host's name.
+    pub node_name: String,
+    /// Where objects come from.
+    pub source: SourceConfig,
+    /// Files and directories.
+    pub paths: Paths,
+    /// `devices`: names, `prefix+` wildcards and `!` exclusions in order, first match wins; empty selects automatically.
+    pub devices: Vec<String>,
+    /// Address families.
+    pub families: Families,
+    /// Service load balancing.
+    pub services: Services,
+    /// L2 announcements.
+    pub l2: L2,
+    /// Addresses for LoadBalancer Services.
+    pub lb_ipam: LbIpam,
+    /// The Kubernetes API and its client.
+    pub kubernetes: Kubernetes,
+    /// Logs, metrics and health.
+    pub observe: Observe,
+}
+
+/// See [`Config::source`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceConfig {
+    /// `source`
+    pub kind: SourceKind,
+    /// `manifests-dir`; not empty when `kind` is [`SourceKind::Manifests`].
+    pub manifests_dir: PathBuf,
+}
+
+/// See [`Config::paths`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Paths {
+    /// `state-dir`
+    pub state_dir: PathBuf,
+    /// `socket-path`
+    pub socket: PathBuf,
+    /// `bpf-root`: where bpffs is, or is to be, mounted.
+    pub bpf_root: PathBuf,
+    /// `cgroup-root`; empty means the cgroup2 mount found in `/proc/mounts`.
+    pub cgroup_root: PathBuf,
+}
+
+/// See [`Config::families`]. At least one is on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Families {
+    /// `enable-ipv4`
+    pub ipv4: bool,
+    /// `enable-ipv6`
+    pub ipv6: bool,
+}
+
+/// See [`Config::services`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Services {
+    /// `kube-proxy-replacement`
+    pub kube_proxy_replacement: bool,
+    /// `bpf-lb-sock`; `None` follows `kube-proxy-replacement`. Ask [`Services::socket_lb`].
+    pub socket_lb: Option<bool>,
+    /// `node-port-range`
+    pub node_port_range: PortRange,
+    /// `nodeport-addresses`; empty means all.
+    pub node_port_addresses: Vec<IpNet>,
+    /// `bpf-lb-algorithm`
+    pub algorithm: Algorithm,
+    /// `bpf-lb-maglev-table-size`; always [`kinesin_abi::MAGLEV_TABLE_SIZE`] for now.
+    pub maglev_table_size: u32,
+    /// `bpf-lb-maglev-hash-seed`
+    pub maglev_seed: MaglevSeed,
+    /// `bpf-lb-map-max`, entries.
+    pub map_max: u32,
+    /// `bpf-ct-global-tcp-max`, entries.
+    pub ct_tcp_max: u32,
+    /// `bpf-ct-global-any-max`, entries.
+    pub ct_any_max: u32,
+    /// `service-no-backend-response`
+    pub no_backend: NoBackend,
+    /// `k8s-service-proxy-name`; empty means Services without that label.
+    pub proxy_name: String,
+    /// `lb-init-wait-timeout`
+    pub init_wait: Duration,
+}
+
+impl Services {
+    /// Whether sockets on this node are translated at connect time.
+    pub fn socket_lb(&self) -> bool {
+        self.kube_proxy_replacement || self.socket_lb.unwrap_or(false)
+    }
+
+    /// First and last source port of translated connections: what is above the NodePorts.
+    pub fn snat_ports(&self) -> (u16, u16) {
+        (self.node_port_range.last.saturating_add(1), u16::MAX)
+    }
+}
+
+/// See [`Config::l2`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct L2 {
+    /// `enable-l2-announcements`
+    pub enabled: bool,
+    /// `l2-announcements-lease-duration`
+    pub lease_duration: Duration,
+    /// `l2-announcements-renew-deadline`, shorter than the lease.
+    pub renew_deadline: Duration,
+    /// `l2-announcements-retry-period`, shorter than the renew deadline.
+    pub retry_period: Duration,
+    /// `agent-liveness-update-interval`
+    pub liveness_interval: Duration,
+}
+
+/// See [`Config::lb_ipam`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LbIpam {
+    /// `enable-lb-ipam`
+    pub enabled: bool,
+    /// `default-lb-service-ipam`
+    pub default_for: DefaultIpam,
+}
+
+/// See [`Config::kubernetes`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Kubernetes {
+    /// `k8s-kubeconfig-path`; empty means the pod's service account.
+    pub kubeconfig: PathBuf,
+    /// `k8s-api-server-urls`, in order of preference; empty means what kubeconfig or the environment says.
+    pub api_servers: Vec<String>,
+    /// `k8s-namespace`: where Leases live.
+    pub namespace: String,
+    /// `k8s-client-qps`, requests per second.
+    pub qps: f32,
+    /// `k8s-client-burst`, requests.
+    pub burst: u32,
+    /// `skip-crd-creation`
+    pub skip_crd_creation: bool,
+}
+
+/// See [`Config::observe`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observe {
+    /// `kube-proxy-replacement-healthz-bind-address`
+    pub healthz: Option<ListenAddr>,
+    /// `prometheus-serve-addr`
+    pub prometheus: Option<ListenAddr>,
+    /// `log-level`; `None` means `info`, or `debug` with `debug=true`. Ask [`Observe::log_level`].
+    pub level: Option<LogLevel>,
+    /// `debug`
+    pub debug: bool,
+}
+
+impl Observe {
+    /// The level to log at.
+    pub fn log_level(&self) -> LogLevel {
+        self.level.unwrap_or(if self.debug { LogLevel::Debug } else { LogLevel::Info })
+    }
+}
+
+/// Ports, both inclusive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortRange {
+    /// The first port.
+    pub first: u16,
+    /// The last port, at least `first`.
+    pub last: u16,
+}
+
+/// 12 bytes that all nodes share, so that their Maglev tables agree.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MaglevSeed {
+    /// The decoded seed.
+    pub bytes: [u8; 12],
+    /// As written: base64.
+    pub text: String,
+}
+
+/// Where a server listens, as Go programs write it: no host means every address of both families.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenAddr {
+    /// The only address, or all of them.
+    pub ip: Option<IpAddr>,
+    /// The port; 0 lets the kernel choose.
+    pub port: u16,
+}
+
+impl ListenAddr {
+    /// What to bind to, in order: the first that works serves. A host without IPv6 refuses the first of two.
+    pub fn candidates(&self) -> Vec<SocketAddr> {
+        match self.ip {
+            Some(ip) => vec![SocketAddr::new(ip, self.port)],
+            None => [IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)]
+                .map(|ip| SocketAddr::new(ip, self.port))
+                .to_vec(),
+        }
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ip {
+            Some(ip) => write!(f, "{}", SocketAddr::new(ip, self.port)),
+            None => write!(f, ":{}", self.port),
+        }
+    }
+}
