@@ -4,5 +4,5 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
-    kinesin::cli::main()
+    kinesin::lab::programs::dispatch().unwrap_or_else(kinesin::cli::main)
 }

@@ -37,7 +37,7 @@ pub struct FlowValue {
     pub dport: Be16,
     /// [`FLOW_REPLY`], [`FLOW_REDIRECT`], [`FLOW_FROM_LAN`].
     pub flags: u8,
-    /// `TCP_SEEN_*`; kept in the entry of the client's direction for both directions.
+    /// `TCP_SEEN_*` of both directions; kept in both entries, so that either tells whether the connection is over.
     pub tcp: u8,
     /// Zero.
     pub pad: [u8; 2],

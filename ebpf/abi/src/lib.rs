@@ -4,13 +4,14 @@
 //! wire order behind newtypes, so that neither side can mix byte orders up. IPv4 addresses are stored IPv4-mapped
 //! (RFC 4291 section 2.5.5.2), so that one key serves both families.
 //!
-//! Deliberately absent: `Option`, `bool`, enums with data, `usize`, logic. A change of any layout here needs a new
+//! Deliberately absent: `Option`, `bool`, enums with data, `usize`, and logic other than the hash that nodes must agree on. A change of any layout here needs a new
 //! [`ABI_VERSION`] and a migration in `src/datapath`.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 mod addr;
 mod drop;
 mod flow;
+mod hash;
 mod service;
 mod settings;
 
@@ -20,12 +21,13 @@ pub use flow::{
     FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, SocketKey, SocketValue, TCP_SEEN_FIN,
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
 };
+pub use hash::maglev_index;
 pub use service::{
     BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, SLOT_EMPTY, SetRef,
     frontend_flags,
 };
 pub use settings::{
-    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, Settings,
+    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable, SETTING_REJECT_NO_BACKEND, Settings,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.
@@ -35,6 +37,8 @@ pub const ABI_VERSION: u32 = 1;
 pub mod proto {
     /// Matches any protocol: only in wildcard frontends (port 0).
     pub const ANY: u8 = 0;
+    /// RFC 792.
+    pub const ICMP: u8 = 1;
     /// RFC 9293.
     pub const TCP: u8 = 6;
     /// RFC 768.

@@ -5,6 +5,17 @@ use crate::Addr;
 /// Number of entries of a Maglev table (prime; the default of `bpf-lb-maglev-table-size`).
 pub const MAGLEV_TABLE_SIZE: u32 = 16_381;
 
+/// Words of a stored table: the verifier bounds an index only to the next multiple, so the table is padded with zeros.
+pub const MAGLEV_TABLE_WORDS: usize = 16_384;
+
+/// The single element of a Maglev table's map: backend ids. One element, so that one system call replaces the table.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct MaglevTable {
+    /// [`MAGLEV_TABLE_SIZE`] backend ids, then zeros.
+    pub ids: [crate::BackendId; MAGLEV_TABLE_WORDS],
+}
+
 /// The only element of the settings array; written by the agent while the programs run.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -63,4 +74,4 @@ pub struct L2Value {
     pub responses_sent: u64,
 }
 
-crate::pod! { Settings = 32, DeviceValue = 28, L2Key = 20, L2Value = 8 }
+crate::pod! { MaglevTable = 65536, Settings = 32, DeviceValue = 28, L2Key = 20, L2Value = 8 }

@@ -1,10 +1,96 @@
+//! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
+//!
+//! `packet` alone reads packet memory, `lookup` and `flows` alone touch maps, `rewrite`, `arp` and `reject` alone write.
+//! Names are Cilium's, so that habits with `bpftool` carry over. Deliberately absent: CO-RE, kernel BTF, kfuncs,
+//! `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
 #![no_std]
 #![no_main]
+
+mod arp;
+mod flows;
+mod ingress;
+mod lookup;
+mod maps;
+mod packet;
+mod reject;
+mod rewrite;
+mod route;
+mod skb;
+mod sock;
+mod verdict;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
+};
+use kinesin_abi::Direction;
+
+use crate::skb::{ETHERNET, NO_LINK_HEADER, Skb};
+
+/// From the LAN into the node: ARP, services, and replies of remote backends.
+#[classifier]
+pub fn cil_from_netdev(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    verdict::finish(skb, Direction::Ingress, ingress::from_netdev(skb, ETHERNET))
+}
+
+/// Out of the node: replies of local backends.
+#[classifier]
+pub fn cil_to_netdev(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    verdict::finish(skb, Direction::Egress, ingress::to_netdev(skb, ETHERNET))
+}
+
+/// [`cil_from_netdev`] for devices without Ethernet header.
+#[classifier]
+pub fn cil_from_l3dev(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    verdict::finish(skb, Direction::Ingress, ingress::from_netdev(skb, NO_LINK_HEADER))
+}
+
+/// [`cil_to_netdev`] for devices without Ethernet header.
+#[classifier]
+pub fn cil_to_l3dev(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    verdict::finish(skb, Direction::Egress, ingress::to_netdev(skb, NO_LINK_HEADER))
+}
+
+macro_rules! sock_programs {
+    ($($(#[$doc:meta])* $hook:ident $name:ident => $handler:path;)*) => {$(
+        $(#[$doc])*
+        #[cgroup_sock_addr($hook)]
+        pub fn $name(ctx: SockAddrContext) -> i32 {
+            $handler(ctx.sock_addr)
+        }
+    )*};
+}
+
+sock_programs! {
+    /// `connect(2)` of IPv4 sockets.
+    connect4 cil_sock4_connect => sock::connect4;
+    /// `sendto(2)` and `sendmsg(2)` of unconnected IPv4 UDP sockets.
+    sendmsg4 cil_sock4_sendmsg => sock::connect4;
+    /// The source address that `recvfrom(2)` tells.
+    recvmsg4 cil_sock4_recvmsg => sock::restore4;
+    /// The address that `getpeername(2)` tells.
+    getpeername4 cil_sock4_getpeername => sock::restore4;
+    /// `connect(2)` of IPv6 sockets to IPv4-mapped addresses.
+    connect6 cil_sock6_connect => sock::connect6;
+    /// `sendmsg(2)` of unconnected IPv6 UDP sockets to IPv4-mapped addresses.
+    sendmsg6 cil_sock6_sendmsg => sock::connect6;
+    /// The IPv4-mapped source address that `recvfrom(2)` tells.
+    recvmsg6 cil_sock6_recvmsg => sock::restore6;
+    /// The IPv4-mapped address that `getpeername(2)` tells.
+    getpeername6 cil_sock6_getpeername => sock::restore6;
+}
+
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo) -> ! {
+    // Never reached: nothing in the programs panics, and the verifier would refuse the loop.
     loop {}
 }
+
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

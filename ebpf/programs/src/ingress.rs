@@ -1,0 +1,125 @@
+//! The two sentences of the tc hooks.
+
+use kinesin_abi::{Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags};
+
+use crate::{
+    arp, flows, lookup,
+    packet::{self, Packet, Unparsed},
+    reject,
+    rewrite::{self, Tuple},
+    route,
+    skb::{ETHERNET, Skb, TO_ANOTHER_HOST, TO_US},
+    verdict::Verdict,
+};
+
+const ETH_ARP: u16 = 0x0806u16.to_be();
+const ETH_IPV4: u16 = 0x0800u16.to_be();
+
+/// A packet from a device into the node. `link` is the length of the link-layer header.
+#[inline(always)]
+pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+    if skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
+        return Ok(Verdict::Pass);
+    }
+    match skb.protocol() {
+        ETH_IPV4 if skb.packet_type() == TO_US => ipv4(skb, link),
+        ETH_ARP if link == ETHERNET => arp::respond(skb),
+        _ => Ok(Verdict::Pass),
+    }
+}
+
+#[inline(always)]
+fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+    let packet = match packet::ipv4(skb, link) {
+        Ok(packet) => packet,
+        Err(Unparsed::Portless(dst, reason)) if lookup::claimed(dst) => return Err(reason),
+        Err(_) => return Ok(Verdict::Pass),
+    };
+    if let Some(flow) = flows::find(&packet) {
+        return follow(skb, &packet, flow);
+    }
+    match lookup::frontend(&packet.flow)? {
+        Some(frontend) => begin(skb, &packet, frontend, link),
+        None => Ok(Verdict::Pass),
+    }
+}
+
+/// A packet of a known connection.
+#[inline(always)]
+fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
+    if packet.fragmented {
+        return Err(DropReason::Fragment);
+    }
+    let redirect = flow.flags & FLOW_REDIRECT != 0;
+    if !redirect && flow.flags & FLOW_REPLY != 0 {
+        // A reply of a local backend leaves by egress; whoever claims to be one out here is not.
+        return Ok(Verdict::Pass);
+    }
+    if redirect && packet.ttl <= 1 {
+        return Err(DropReason::TtlExceeded);
+    }
+    let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
+    flows::track(packet, flow);
+    if !redirect {
+        rewrite::translate(skb, packet, &to, false)?;
+        return Ok(Verdict::Translated);
+    }
+    let route = route::find(skb, to.src, to.dst, packet.flow.proto)?;
+    rewrite::translate(skb, packet, &to, true)?;
+    Ok(Verdict::Sent(route::send(skb, &route)))
+}
+
+/// The first packet of a connection to one of our frontends.
+#[inline(always)]
+fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Result<Verdict, DropReason> {
+    if frontend.flags & frontend_flags::WILDCARD != 0 {
+        return Err(DropReason::NoBackend);
+    }
+    if frontend.flags & frontend_flags::ROUTABLE == 0 {
+        return Err(DropReason::IsClusterIp);
+    }
+    if packet.fragmented {
+        return Err(DropReason::Fragment);
+    }
+    if frontend.external.count == 0 {
+        lookup::count(DropReason::NoBackend as u8, Direction::Ingress, skb.len());
+        return reject::port_unreachable(skb, packet, link);
+    }
+    let (id, backend) = lookup::select(frontend, &packet.flow).ok_or(DropReason::NoBackend)?;
+    if backend.flags & kinesin_abi::BACKEND_LOCAL != 0 {
+        let source = packet.flow.src;
+        let sport = flows::open(&flows::Opening { packet, backend, id, source, redirect: false })?;
+        let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
+        rewrite::translate(skb, packet, &to, false)?;
+        return Ok(Verdict::Translated);
+    }
+    if packet.ttl <= 1 {
+        return Err(DropReason::TtlExceeded);
+    }
+    let route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto)?;
+    let source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
+    let sport = flows::open(&flows::Opening { packet, backend, id, source, redirect: true })?;
+    let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
+    rewrite::translate(skb, packet, &to, true)?;
+    Ok(Verdict::Sent(route::send(skb, &route)))
+}
+
+/// A packet from the node out of a device: only replies of local backends are ours.
+#[inline(always)]
+pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+    if skb.take_translated() || skb.protocol() != ETH_IPV4 {
+        return Ok(Verdict::Pass);
+    }
+    let Ok(packet) = packet::ipv4(skb, link) else { return Ok(Verdict::Pass) };
+    let Some(flow) = flows::find(&packet) else { return Ok(Verdict::Pass) };
+    if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {
+        return Ok(Verdict::Pass);
+    }
+    let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
+    flows::track(&packet, flow);
+    if packet.fragmented {
+        return Err(DropReason::Fragment);
+    }
+    rewrite::translate(skb, &packet, &to, false)?;
+    Ok(Verdict::Translated)
+}

@@ -1,0 +1,157 @@
+//! Services, settings, devices and counters. With `flows` the only code that touches maps.
+
+use aya_ebpf::helpers::generated as h;
+use kinesin_abi::{
+    Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
+    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SocketKey, SocketValue, drop_slot, frontend_flags,
+    maglev_index, proto,
+};
+
+use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, SETTINGS, SLOTS, SOCKETS};
+
+/// How often a selection tries again when it meets a slot that is being rewritten.
+const TRIES: u32 = 4;
+
+/// The frontend at exactly this address, port and protocol.
+#[inline(always)]
+pub fn frontend_exact(addr: Addr, port: Be16, protocol: u8) -> Option<&'static FrontendValue> {
+    let key = FrontendKey { addr, port, proto: protocol, pad: 0 };
+    // SAFETY: read-only use before anything else writes to this map in the program.
+    unsafe { FRONTENDS.get(&key) }
+}
+
+/// Whether all ports of the address are ours, so that what no service wants is dropped here.
+#[inline(always)]
+pub fn claimed(addr: Addr) -> bool {
+    frontend_exact(addr, Be16::new(0), proto::ANY).is_some()
+}
+
+/// The frontend of a packet: exact, else an error if the address is ours alone, else none.
+#[inline(always)]
+pub fn frontend(flow: &FlowKey) -> Result<Option<&'static FrontendValue>, DropReason> {
+    match frontend_exact(flow.dst, flow.dport, flow.proto) {
+        None if claimed(flow.dst) => Err(DropReason::NoBackend),
+        found => Ok(found),
+    }
+}
+
+/// A backend by id, unless the id is free.
+#[inline(always)]
+pub fn backend(id: BackendId) -> Option<&'static Backend> {
+    if id == SLOT_EMPTY {
+        return None;
+    }
+    BACKENDS.get(id).filter(|backend| backend.state != BackendState::Free as u8)
+}
+
+/// Chooses from a set at random.
+#[inline(always)]
+pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
+    let mut slot = random_below(set.count);
+    for attempt in 0..TRIES {
+        if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot)) {
+            if let Some(backend) = backend(id) {
+                return Some((id, backend));
+            }
+        }
+        // Met a set in the middle of a rewrite: walk from its start.
+        slot = attempt;
+        if slot >= set.count {
+            break;
+        }
+    }
+    None
+}
+
+/// Chooses from a set for a packet, by Maglev where the service says so and its table is there.
+#[inline(always)]
+pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<(BackendId, &'static Backend)> {
+    let set = frontend.external;
+    if frontend.flags & frontend_flags::MAGLEV != 0 {
+        let seed = settings().map_or(0, |settings| settings.maglev_seed);
+        // SAFETY: the table is an array, whose element stays in place.
+        if let Some(table) = unsafe { MAGLEV.get_value(&set.base, &0) } {
+            let index = maglev_index(&flow.src, flow.sport, flow.dport, flow.proto, seed);
+            // SAFETY: the index is below the table's size, and the padding lets the verifier see it.
+            let id = unsafe { *table.ids.as_ptr().add(index as usize) };
+            if let Some(backend) = backend(id) {
+                return Some((id, backend));
+            }
+        }
+    }
+    select_random(set)
+}
+
+/// A number below `limit`, or 0.
+#[inline(always)]
+pub fn random_below(limit: u32) -> u32 {
+    // SAFETY: no arguments.
+    let random = unsafe { h::bpf_get_prandom_u32() };
+    ((random as u64 * limit as u64) >> 32) as u32
+}
+
+#[inline(always)]
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+#[inline(always)]
+pub fn device(ifindex: u32) -> Option<&'static DeviceValue> {
+    // SAFETY: read-only use.
+    unsafe { DEVICES.get(&ifindex) }
+}
+
+/// The source address for connections that leave by one device and came in by another.
+#[inline(always)]
+pub fn source_address(egress: u32, ingress: u32) -> Option<Addr> {
+    let of = |ifindex| device(ifindex).map(|device| device.ipv4).filter(|&ipv4| ipv4 != 0);
+    of(egress).or_else(|| of(ingress)).map(Addr::from_v4_raw)
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { h::bpf_ktime_get_ns() }
+}
+
+/// Whether the agent lives, without whom nobody must answer for addresses: their state may be out of date.
+#[inline(always)]
+pub fn agent_alive() -> bool {
+    let Some(settings) = settings() else { return false };
+    settings.alive_at != 0 && now().saturating_sub(settings.alive_at) <= settings.alive_for
+}
+
+/// Whether this node answers for the address on this device; counts the answer.
+#[inline(always)]
+pub fn answer_for(addr: Addr, ifindex: u32) -> bool {
+    let Some(value) = L2.get_ptr_mut(&L2Key { addr, ifindex }) else { return false };
+    // SAFETY: points into the map; answers of two CPUs at once may count as one.
+    unsafe { (*value).responses_sent += 1 };
+    true
+}
+
+/// Counts a packet; `reason` 0 is forwarded.
+#[inline(always)]
+pub fn count(reason: u8, direction: Direction, bytes: u32) {
+    if let Some(counter) = DROPS.get_ptr_mut(drop_slot(reason, direction)) {
+        // SAFETY: this CPU's own element.
+        unsafe {
+            (*counter).packets += 1;
+            (*counter).bytes += bytes as u64;
+        }
+    }
+}
+
+/// Remembers what the application asked for; best effort, as the map forgets the oldest.
+#[inline(always)]
+pub fn remember_socket(key: &SocketKey, value: &SocketValue) {
+    let _ = SOCKETS.insert(key, value, 0);
+}
+
+/// What the application asked for when its socket talks to this backend.
+#[inline(always)]
+pub fn socket(key: &SocketKey) -> Option<&'static SocketValue> {
+    // SAFETY: read-only use before anything else writes to this map in the program.
+    unsafe { SOCKETS.get(key) }
+}

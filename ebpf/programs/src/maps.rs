@@ -1,0 +1,53 @@
+//! The maps. Their sizes here are defaults; the loader sets them from the configuration.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap, HashOfMaps, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use kinesin_abi::{
+    Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key,
+    L2Value, MaglevTable, Settings, SocketKey, SocketValue,
+};
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+/// Where clients connect to.
+#[btf_map]
+pub static FRONTENDS: HashMap<FrontendKey, FrontendValue, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Members of backend sets.
+#[btf_map]
+pub static SLOTS: Array<BackendId, 262144> = Array::new();
+
+/// Backends by id.
+#[btf_map]
+pub static BACKENDS: Array<Backend, 65536> = Array::new();
+
+/// Maglev tables by the base of their set.
+#[btf_map]
+pub static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, 65536, NO_PREALLOC> = HashOfMaps::new();
+
+/// Connections: what the tuple of a packet becomes.
+#[btf_map]
+pub static FLOWS: LruHashMap<FlowKey, FlowValue, 131072> = LruHashMap::new();
+
+/// Translated sockets: what the application asked for.
+#[btf_map]
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue, 65536> = LruHashMap::new();
+
+/// Addresses answered for on the LAN.
+#[btf_map]
+pub static L2: HashMap<L2Key, L2Value, 4096, NO_PREALLOC> = HashMap::new();
+
+/// Devices by index.
+#[btf_map]
+pub static DEVICES: HashMap<u32, DeviceValue, 256, NO_PREALLOC> = HashMap::new();
+
+/// What the agent tells the programs.
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// Packets dropped by reason, and forwarded.
+#[btf_map]
+pub static DROPS: PerCpuArray<DropCounter, { DROP_SLOTS as usize }> = PerCpuArray::new();

@@ -1,0 +1,183 @@
+//! Reading packets. Everything that later steps need is copied out, because any write voids direct packet pointers.
+//!
+//! Deliberately absent: IPv6, which becomes a sibling of [`ipv4`] with the same result.
+
+use kinesin_abi::{Addr, Be16, DropReason, FlowKey, proto};
+
+use crate::skb::Skb;
+
+pub const TCP_FIN: u8 = 0x01;
+pub const TCP_SYN: u8 = 0x02;
+pub const TCP_RST: u8 = 0x04;
+pub const TCP_ACK: u8 = 0x10;
+
+/// `more fragments` and the offset, of the IPv4 flags field.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+const MORE_FRAGMENTS: u16 = 0x2000;
+
+/// No more than Ethernet, the longest IPv4 header, and TCP without options.
+const HEADERS: u32 = 14 + 60 + 20;
+
+/// What is known about a TCP or UDP packet.
+pub struct Packet {
+    /// Its tuple.
+    pub flow: FlowKey,
+    /// Offset of the IP header.
+    pub l3: u32,
+    /// Offset of the transport header.
+    pub l4: u32,
+    /// TCP flags; 0 for UDP.
+    pub tcp: u8,
+    pub ttl: u8,
+    /// The header checksum as loaded.
+    pub ip_check: u16,
+    /// Length from the IP header on, in bytes.
+    pub ip_len: u16,
+    /// A UDP packet without checksum.
+    pub unchecked: bool,
+    /// First fragment of several.
+    pub fragmented: bool,
+}
+
+/// Why a packet is no [`Packet`].
+pub enum Unparsed {
+    /// Not for us to judge.
+    Foreign,
+    /// There are no ports; to be dropped for this reason where the destination address is ours alone.
+    Portless(Addr, DropReason),
+}
+
+#[repr(C)]
+struct Ipv4 {
+    version_ihl: u8,
+    tos: u8,
+    len: u16,
+    id: u16,
+    fragment: u16,
+    ttl: u8,
+    proto: u8,
+    check: u16,
+    src: u32,
+    dst: u32,
+}
+
+/// A reference to a header inside the packet, if the packet reaches that far.
+#[inline(always)]
+fn at<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
+    let start = skb.data() + offset as usize;
+    if start + size_of::<T>() > skb.data_end() {
+        return None;
+    }
+    // SAFETY: within the packet as just checked, in the form that the verifier follows.
+    Some(unsafe { &*(start as *const T) })
+}
+
+/// Makes the headers directly readable where they are in the skb's fragments.
+#[inline(always)]
+pub fn linearize(skb: Skb) {
+    let wanted = if skb.len() < HEADERS { skb.len() } else { HEADERS };
+    if skb.data() + wanted as usize > skb.data_end() {
+        skb.pull(wanted);
+    }
+}
+
+/// Reads an IPv4 packet whose IP header starts at `l3`.
+#[inline(always)]
+pub fn ipv4(skb: Skb, l3: u32) -> Result<Packet, Unparsed> {
+    linearize(skb);
+    let Some(ip) = at::<Ipv4>(skb, l3) else { return Err(Unparsed::Foreign) };
+    let header = ((ip.version_ihl & 0x0f) as u32) << 2;
+    if ip.version_ihl >> 4 != 4 || header < 20 {
+        return Err(Unparsed::Foreign);
+    }
+    let dst = Addr::from_v4_raw(ip.dst);
+    let fragment = u16::from_be(ip.fragment);
+    let len = u16::from_be(ip.len);
+    let (protocol, ttl, check, src) = (ip.proto, ip.ttl, ip.check, ip.src);
+    if protocol == proto::ICMP {
+        return Err(Unparsed::Foreign);
+    }
+    if protocol != proto::TCP && protocol != proto::UDP {
+        return Err(Unparsed::Portless(dst, DropReason::UnknownL4));
+    }
+    if fragment & FRAGMENT_OFFSET != 0 {
+        return Err(Unparsed::Portless(dst, DropReason::Fragment));
+    }
+    let l4 = l3 + header;
+    let invalid = Err(Unparsed::Portless(dst, DropReason::InvalidPacket));
+    if l3 + len as u32 > skb.len() {
+        return invalid;
+    }
+    let mut packet = Packet {
+        flow: FlowKey {
+            src: Addr::from_v4_raw(src),
+            dst,
+            sport: Be16::default(),
+            dport: Be16::default(),
+            proto: protocol,
+            pad: [0; 3],
+        },
+        l3,
+        l4,
+        tcp: 0,
+        ttl,
+        ip_check: check,
+        ip_len: len,
+        unchecked: false,
+        fragmented: fragment & MORE_FRAGMENTS != 0,
+    };
+    if protocol == proto::TCP {
+        let Some(tcp) = at::<[u16; 10]>(skb, l4) else { return invalid };
+        let offset_flags = u16::from_be(tcp[6]);
+        if (len as u32) < header + 20 || offset_flags >> 12 < 5 {
+            return invalid;
+        }
+        packet.flow.sport = Be16::from_raw(tcp[0]);
+        packet.flow.dport = Be16::from_raw(tcp[1]);
+        packet.tcp = offset_flags as u8;
+    } else {
+        let Some(udp) = at::<[u16; 4]>(skb, l4) else { return invalid };
+        if (len as u32) < header + 8 || u16::from_be(udp[2]) < 8 {
+            return invalid;
+        }
+        packet.flow.sport = Be16::from_raw(udp[0]);
+        packet.flow.dport = Be16::from_raw(udp[1]);
+        packet.unchecked = udp[3] == 0;
+    }
+    Ok(packet)
+}
+
+/// The start of an Ethernet frame.
+#[repr(C)]
+pub struct Ethernet {
+    pub dst: [u16; 3],
+    pub src: [u16; 3],
+    pub kind: u16,
+}
+
+/// ARP for IPv4 over Ethernet (RFC 826), with the frame's header.
+#[repr(C)]
+pub struct Arp {
+    pub eth: Ethernet,
+    pub hardware: u16,
+    pub protocol: u16,
+    pub lengths: u16,
+    pub operation: u16,
+    pub sender_mac: [u16; 3],
+    pub sender_ip: [u16; 2],
+    pub target_mac: [u16; 3],
+    pub target_ip: [u16; 2],
+}
+
+/// Reads a whole ARP packet.
+#[inline(always)]
+pub fn arp<'a>(skb: Skb) -> Option<&'a Arp> {
+    linearize(skb);
+    at(skb, 0)
+}
+
+/// Reads the Ethernet header.
+#[inline(always)]
+pub fn ethernet<'a>(skb: Skb) -> Option<&'a Ethernet> {
+    at(skb, 0)
+}

@@ -1,0 +1,76 @@
+//! Writing a new tuple into a packet, with its checksums (RFC 1624) in whatever state of offload they are.
+
+use kinesin_abi::{Addr, Be16, DropReason, proto};
+
+use crate::{packet::Packet, skb::Skb};
+
+/// Offset of the TTL in the IPv4 header; protocol, checksum and both addresses follow it.
+const TTL: u32 = 8;
+const TCP_CHECK: u32 = 16;
+const UDP_CHECK: u32 = 6;
+
+/// The tuple that a packet gets.
+pub struct Tuple {
+    pub src: Addr,
+    pub dst: Addr,
+    pub sport: Be16,
+    pub dport: Be16,
+}
+
+/// TTL to the end of an IPv4 header without options.
+#[repr(C)]
+struct Tail {
+    ttl: u8,
+    proto: u8,
+    check: u16,
+    src: u32,
+    dst: u32,
+}
+
+/// Gives the packet a new tuple, and one hop less where it does not pass the host's stack.
+#[inline(always)]
+pub fn translate(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
+    let old = &packet.flow;
+    let (old_src, old_dst) = (old.src.v4_raw(), old.dst.v4_raw());
+    let (src, dst) = (to.src.v4_raw(), to.dst.v4_raw());
+    let difference = add(add(!old_src, src), add(!old_dst, dst));
+    let ttl = if hop { packet.ttl.wrapping_sub(1) } else { packet.ttl };
+    let hops = add(!ttl_word(packet.ttl, old.proto) & 0xffff, ttl_word(ttl, old.proto));
+    let check = !fold(add(add(!(packet.ip_check as u32) & 0xffff, hops), difference));
+    skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src, dst })?;
+
+    let at = packet.l4 + if old.proto == proto::TCP { TCP_CHECK } else { UDP_CHECK };
+    skb.replace_pseudo(at, difference, old.proto)?;
+    let (from, ports) = (ports(old.sport, old.dport), ports(to.sport, to.dport));
+    if from != ports {
+        skb.replace_word(at, from, ports, old.proto)?;
+        skb.store(packet.l4, &ports)?;
+    }
+    Ok(())
+}
+
+/// Both ports as one word in wire order.
+#[inline(always)]
+fn ports(sport: Be16, dport: Be16) -> u32 {
+    let ([a, b], [c, d]) = (sport.raw().to_ne_bytes(), dport.raw().to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+#[inline(always)]
+fn ttl_word(ttl: u8, protocol: u8) -> u32 {
+    u16::from_ne_bytes([ttl, protocol]) as u32
+}
+
+/// Ones' complement sum of 32 bits.
+#[inline(always)]
+pub fn add(a: u32, b: u32) -> u32 {
+    let sum = a as u64 + b as u64;
+    (sum as u32).wrapping_add((sum >> 32) as u32)
+}
+
+/// To 16 bits.
+#[inline(always)]
+pub fn fold(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}

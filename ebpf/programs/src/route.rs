@@ -1,0 +1,72 @@
+//! Where a translated packet leaves the node when it does not pass the host's stack.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
+        bpf_redir_neigh,
+    },
+    helpers::generated as h,
+};
+use kinesin_abi::{Addr, DropReason};
+
+use crate::skb::Skb;
+
+const AF_INET: u8 = 2;
+
+/// A device and the next hop on it.
+pub struct Route {
+    pub ifindex: u32,
+    family: u32,
+    hop: [u32; 4],
+}
+
+/// Asks the kernel's routing tables.
+#[inline(always)]
+pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropReason> {
+    // SAFETY: integers and unions of integers; zero is valid.
+    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    query.family = AF_INET;
+    query.l4_protocol = protocol;
+    query.ifindex = skb.ifindex();
+    query.__bindgen_anon_3.ipv4_src = src.v4_raw();
+    query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
+    // SAFETY: the structure outlives the call.
+    let code =
+        unsafe { h::bpf_fib_lookup(skb.as_ptr().cast(), &mut query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
+    // SAFETY: all members of the union are integers; IPv4 uses the first word.
+    let hop = unsafe { query.__bindgen_anon_4.ipv6_dst };
+    match code {
+        // Without a neighbour entry yet, the redirect resolves it.
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {
+            Ok(Route { ifindex: query.ifindex, family: query.family as u32, hop })
+        }
+        // A load balancer need not be a router: without IP forwarding, back to the LAN that the packet came from.
+        BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop }),
+        _ => Err(DropReason::FibLookupFailed),
+    }
+}
+
+/// Sends the packet; returns the code for the hook.
+#[inline(always)]
+pub fn send(skb: Skb, route: &Route) -> i32 {
+    skb.mark_translated();
+    if route.family == 0 {
+        // SAFETY: no structure, so the kernel looks the next hop up on that device.
+        return unsafe { h::bpf_redirect_neigh(route.ifindex, core::ptr::null_mut(), 0, 0) } as i32;
+    }
+    // SAFETY: integers and a union of integers; zero is valid.
+    let mut neighbour: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    neighbour.nh_family = route.family;
+    neighbour.__bindgen_anon_1.ipv6_nh = route.hop;
+    let size = size_of::<bpf_redir_neigh>() as i32;
+    // SAFETY: the structure outlives the call, which copies it.
+    unsafe { h::bpf_redirect_neigh(route.ifindex, &mut neighbour, size, 0) as i32 }
+}
+
+/// Sends the packet back out of the device that it came in by, as it is.
+#[inline(always)]
+pub fn back(skb: Skb) -> i32 {
+    skb.mark_translated();
+    // SAFETY: no pointers.
+    unsafe { h::bpf_redirect(skb.ifindex(), 0) as i32 }
+}

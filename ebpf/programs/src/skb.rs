@@ -1,0 +1,165 @@
+//! The packet's kernel context: the fields and helpers that the programs use, without any decision.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    helpers::generated as h,
+    programs::TcContext,
+};
+use kinesin_abi::{DropReason, proto};
+
+/// Length of an Ethernet header.
+pub const ETHERNET: u32 = 14;
+/// Devices whose packets start with the IP header.
+pub const NO_LINK_HEADER: u32 = 0;
+
+/// `PACKET_HOST`: addressed to this device.
+pub const TO_US: u32 = 0;
+/// `PACKET_OTHERHOST`: flooded to us although addressed to another MAC.
+pub const TO_ANOTHER_HOST: u32 = 3;
+
+/// Marks a packet that ingress has translated, so that egress of the device it leaves by does not do it again. The
+/// field survives a redirect and nothing else on the way of such a packet reads it.
+const TRANSLATED: u16 = 0x4b69;
+
+/// `BPF_ADJ_ROOM_MAC`: grow between the link-layer header and what follows.
+const ADJ_ROOM_MAC: u32 = 1;
+
+/// A packet at a tc hook.
+#[derive(Clone, Copy)]
+pub struct Skb(*mut __sk_buff);
+
+macro_rules! field {
+    ($skb:expr, $field:ident) => {
+        // SAFETY: the pointer is the program's context. Volatile, because the verifier allows context loads only one
+        // field at a time and the compiler would merge neighbours.
+        unsafe { (&raw const (*$skb.0).$field).read_volatile() }
+    };
+}
+
+impl Skb {
+    #[inline(always)]
+    pub fn new(ctx: &TcContext) -> Self {
+        Self(ctx.as_ptr().cast())
+    }
+
+    /// Bytes from the link-layer header on.
+    #[inline(always)]
+    pub fn len(self) -> u32 {
+        field!(self, len)
+    }
+
+    #[inline(always)]
+    pub fn data(self) -> usize {
+        field!(self, data) as usize
+    }
+
+    #[inline(always)]
+    pub fn data_end(self) -> usize {
+        field!(self, data_end) as usize
+    }
+
+    #[inline(always)]
+    pub fn packet_type(self) -> u32 {
+        field!(self, pkt_type)
+    }
+
+    /// EtherType in wire order.
+    #[inline(always)]
+    pub fn protocol(self) -> u16 {
+        field!(self, protocol) as u16
+    }
+
+    /// The device whose hook runs.
+    #[inline(always)]
+    pub fn ifindex(self) -> u32 {
+        field!(self, ifindex)
+    }
+
+    /// Whether the packet belongs to a VLAN device on top of this one, where it will be seen again.
+    #[inline(always)]
+    pub fn belongs_to_vlan(self) -> bool {
+        field!(self, vlan_present) != 0 && field!(self, vlan_tci) & 0xfff != 0
+    }
+
+    /// Notes that the packet is on its way out, translated.
+    #[inline(always)]
+    pub fn mark_translated(self) {
+        // SAFETY: a tc program may write this field of its context.
+        unsafe { (&raw mut (*self.0).tc_index).write_volatile(TRANSLATED as u32) }
+    }
+
+    /// Whether [`Self::mark_translated`] was called on the way in; forgets it.
+    #[inline(always)]
+    pub fn take_translated(self) -> bool {
+        let is = field!(self, tc_index) == TRANSLATED as u32;
+        if is {
+            // SAFETY: as in `mark_translated`.
+            unsafe { (&raw mut (*self.0).tc_index).write_volatile(0) }
+        }
+        is
+    }
+
+    /// Makes `len` bytes readable directly; the old data pointers are void after it.
+    #[inline(always)]
+    pub fn pull(self, len: u32) {
+        // SAFETY: the context is valid. A failure shows at the bounds check that follows.
+        unsafe { h::bpf_skb_pull_data(self.0, len) };
+    }
+
+    #[inline(always)]
+    pub fn store<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
+        let from = core::ptr::from_ref(value).cast();
+        // SAFETY: `value` is readable for its size, and the helper checks the offset.
+        let ret = unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, 0) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Applies a checksum difference of address fields to the transport checksum at `offset`: these are part of the
+    /// pseudo header, which is all that a packet with offloaded checksum carries.
+    #[inline(always)]
+    pub fn replace_pseudo(self, offset: u32, difference: u32, protocol: u8) -> Result<(), DropReason> {
+        let flags = BPF_F_PSEUDO_HDR as u64 | unchecked(protocol);
+        self.replace(offset, 0, difference as u64, flags)
+    }
+
+    /// Applies the change of a four-byte field of the transport header to its checksum at `offset`.
+    #[inline(always)]
+    pub fn replace_word(self, offset: u32, from: u32, to: u32, protocol: u8) -> Result<(), DropReason> {
+        self.replace(offset, from as u64, to as u64, 4 | unchecked(protocol))
+    }
+
+    #[inline(always)]
+    fn replace(self, offset: u32, from: u64, to: u64, flags: u64) -> Result<(), DropReason> {
+        // SAFETY: the helper checks the offset.
+        let ret = unsafe { h::bpf_l4_csum_replace(self.0, offset, from, to, flags) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Inserts `len` zero bytes behind a link-layer header of any length.
+    #[inline(always)]
+    pub fn insert_after_link_header(self, len: i32) -> Result<(), DropReason> {
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_MAC, 0) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Cuts the packet to `len` bytes.
+    #[inline(always)]
+    pub fn truncate(self, len: u32) -> Result<(), DropReason> {
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_change_tail(self.0, len, 0) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    #[inline(always)]
+    pub fn as_ptr(self) -> *mut __sk_buff {
+        self.0
+    }
+}
+
+/// A UDP checksum of zero means that there is none (RFC 768), and must neither be changed nor arise.
+#[inline(always)]
+fn unchecked(protocol: u8) -> u64 {
+    if protocol == proto::UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 }
+}

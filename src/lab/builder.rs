@@ -1,0 +1,236 @@
+//! How a lab comes to be: the LAN, then nodes, then pods, with the routes that a plain CNI would make.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::client::Client;
+use super::node::{Node, NodeInner, Pod, PodInner};
+use super::territory::{self, Territory};
+use super::{CLIENT_ADDRESS, Lab, LabError, MAX_NODES, ROUTER_ADDRESS};
+use crate::net::rtnl::{Route, Rtnl};
+use crate::net::{Netns, sysctl};
+
+/// What every pod sends to: an address that each node-side veth has, with link scope, so that it takes none of the pod
+/// network and is never chosen as a source towards others.
+const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+const BRIDGE: &str = "lan";
+
+/// A lab that is being described; see [`Lab::builder`].
+#[derive(Debug, Clone)]
+pub struct LabBuilder {
+    name: String,
+    nodes: usize,
+    pods_per_node: usize,
+    binary: Option<PathBuf>,
+}
+
+impl LabBuilder {
+    pub(super) fn new(name: &str) -> Self {
+        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None }
+    }
+
+    /// How many nodes; 1 unless said.
+    pub fn nodes(mut self, count: usize) -> Self {
+        self.nodes = count;
+        self
+    }
+
+    /// How many pods each node has; none unless said. They serve nothing until [`Pod::serve`].
+    pub fn pods_per_node(mut self, count: usize) -> Self {
+        self.pods_per_node = count;
+        self
+    }
+
+    /// The `kinesin` binary to run; this very executable unless said. Tests must say it.
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = Some(path.into());
+        self
+    }
+
+    /// Makes it. Needs root and a tokio runtime. What was made is removed again when something fails.
+    ///
+    /// # Errors
+    /// When the kernel refuses something; the error names it.
+    pub async fn build(self) -> Result<Lab, LabError> {
+        if self.nodes > MAX_NODES || self.pods_per_node > 200 {
+            return Err(LabError::Invalid(format!(
+                "at most {MAX_NODES} nodes and 200 pods per node fit the lab's addresses"
+            )));
+        }
+        let binary = match self.binary {
+            Some(path) => path,
+            None => std::env::current_exe().map_err(LabError::io("find this executable"))?,
+        };
+        let territory = Territory::claim(&self.name)?;
+        let lan = make_lan(&territory).await?;
+        let client = make_client(&territory, &lan, &binary).await?;
+        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, territory };
+        for _ in 0..self.nodes {
+            lab.add_node_with(self.pods_per_node).await?;
+        }
+        Ok(lab)
+    }
+}
+
+impl Lab {
+    /// Adds a node without pods to the running lab, and routes between it and the others.
+    ///
+    /// # Errors
+    /// When the kernel refuses something, or the LAN's addresses are used up.
+    pub async fn add_node(&mut self) -> Result<Node, LabError> {
+        self.add_node_with(0).await
+    }
+
+    /// Adds a node with pods to the running lab.
+    ///
+    /// # Errors
+    /// As [`Lab::add_node`].
+    pub async fn add_node_with(&mut self, pods: usize) -> Result<Node, LabError> {
+        let number = self.nodes.len() + 1;
+        if number > MAX_NODES {
+            return Err(LabError::Invalid(format!("the lab has no addresses for more than {MAX_NODES} nodes")));
+        }
+        let node = make_node(&self.territory, &self.lan, number).await?;
+        for other in &self.nodes {
+            connect_pods(&node, other).await?;
+            connect_pods(other, &node).await?;
+        }
+        for _ in 0..pods {
+            self.add_pod_to(&node).await?;
+        }
+        self.nodes.push(node.clone());
+        Ok(node)
+    }
+
+    /// Adds a pod to a node.
+    ///
+    /// # Errors
+    /// When the kernel refuses something.
+    pub async fn add_pod(&mut self, node: usize) -> Result<Pod, LabError> {
+        let node = self.node(node).clone();
+        self.add_pod_to(&node).await
+    }
+
+    async fn add_pod_to(&self, node: &Node) -> Result<Pod, LabError> {
+        let number = node.pods().len() + 1;
+        let pod = make_pod(&self.territory, node, number, &self.binary).await?;
+        node.inner.pods.lock().unwrap_or_else(PoisonError::into_inner).push(pod.clone());
+        Ok(pod)
+    }
+}
+
+async fn make_lan(territory: &Territory) -> Result<Netns, LabError> {
+    let netns = territory.netns("lan")?;
+    let rtnl = Rtnl::open_in(&netns)?;
+    set_loopback_up(&rtnl).await?;
+    let bridge = rtnl.add_bridge(BRIDGE).await?;
+    rtnl.set_up(bridge).await?;
+    rtnl.add_address(bridge, lan_address(ROUTER_ADDRESS)).await?;
+    Ok(netns)
+}
+
+async fn make_client(territory: &Territory, lan: &Netns, binary: &Path) -> Result<Client, LabError> {
+    let netns = territory.netns("client")?;
+    plug_in(lan, "client", &netns, CLIENT_ADDRESS).await?;
+    let cgroup = territory.make_cgroup("client")?;
+    Ok(Client::new(netns, cgroup, binary.to_path_buf(), territory.dir().join("logs")))
+}
+
+async fn make_node(territory: &Territory, lan: &Netns, number: usize) -> Result<Node, LabError> {
+    let name = format!("node-{number}");
+    let short = u8::try_from(number).map_err(|_| LabError::Invalid(format!("no node can have number {number}")))?;
+    let address = Ipv4Addr::new(10, 0, 0, 10 + short);
+    let netns = territory.netns(&name)?;
+    // A router, like every node with pods. Strict reverse-path filtering where the distributions that ask for it do:
+    // the kernel takes the stricter of `all` and the interface.
+    let settings = [("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0"), ("ipv4/conf/default/rp_filter", "1")];
+    sysctl::write_in(&netns, &settings)?;
+    plug_in(lan, &name, &netns, address).await?;
+    sysctl::write_in(&netns, &[("ipv4/conf/eth0/rp_filter", "1")])?;
+    let dir = territory.dir().join(&name);
+    for below in ["config", "state"] {
+        let path = dir.join(below);
+        std::fs::create_dir_all(&path).map_err(LabError::io(format!("create {}", path.display())))?;
+    }
+    territory::mount_bpffs(&dir.join("bpf"))?;
+    let cgroup = territory.make_cgroup(&name)?;
+    let pod_cidr = Ipv4Net::new_assert(Ipv4Addr::new(10, 42, short, 0), 24);
+    let lab_dir = territory.dir().to_path_buf();
+    let lan = lan.clone();
+    let pods = Mutex::new(Vec::new());
+    Ok(Node { inner: Arc::new(NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, pods }) })
+}
+
+/// A cable from the bridge to `eth0` of a host, its address, and its way out.
+async fn plug_in(lan: &Netns, port: &str, host: &Netns, address: Ipv4Addr) -> Result<(), LabError> {
+    let switch = Rtnl::open_in(lan)?;
+    let bridge = switch.device(BRIDGE).await?.ifindex;
+    let near = switch.add_veth(port, "eth0", host).await?;
+    switch.set_master(near, bridge).await?;
+    switch.set_up(near).await?;
+    let rtnl = Rtnl::open_in(host)?;
+    set_loopback_up(&rtnl).await?;
+    let eth0 = rtnl.device("eth0").await?.ifindex;
+    rtnl.add_address(eth0, lan_address(address)).await?;
+    rtnl.set_up(eth0).await?;
+    let default = Route { to: Ipv4Net::default(), via: Some(ROUTER_ADDRESS), ifindex: eth0, source: None };
+    Ok(rtnl.add_route(default).await?)
+}
+
+/// A pod as a CNI plugin wires it: a veth, an address of its own, and a route on either side.
+async fn make_pod(territory: &Territory, node: &Node, number: usize, binary: &Path) -> Result<Pod, LabError> {
+    let name = format!("pod-{}-{number}", node.number());
+    let last = u8::try_from(number).map_err(|_| LabError::Invalid(format!("no pod can have number {number}")))?;
+    let [a, b, c, _] = node.pod_cidr().network().octets();
+    let address = Ipv4Addr::new(a, b, c, last);
+    let netns = territory.netns(&name)?;
+    let outside = Rtnl::open_in(node.netns())?;
+    let veth = outside.add_veth(&format!("veth-{name}"), "eth0", &netns).await?;
+    outside.add_address(veth, host_address(POD_GATEWAY)).await?;
+    outside.set_up(veth).await?;
+
+    let inside = Rtnl::open_in(&netns)?;
+    set_loopback_up(&inside).await?;
+    let eth0 = inside.device("eth0").await?.ifindex;
+    inside.add_address(eth0, host_address(address)).await?;
+    inside.set_up(eth0).await?;
+    let gateway = Ipv4Net::from(POD_GATEWAY);
+    inside.add_route(Route { to: gateway, via: None, ifindex: eth0, source: None }).await?;
+    let default = Route { to: Ipv4Net::default(), via: Some(POD_GATEWAY), ifindex: eth0, source: None };
+    inside.add_route(default).await?;
+    // After both ends are up: a route through a link that is down would be refused.
+    let here = Route { to: Ipv4Net::from(address), via: None, ifindex: veth, source: Some(node.address()) };
+    outside.add_route(here).await?;
+
+    let relative = node.cgroup().file_name().map(Path::new).unwrap_or(Path::new("")).join(&name);
+    let cgroup = territory.make_cgroup(&relative.to_string_lossy())?;
+    let log = node.log(&name);
+    let node = node.name().to_string();
+    let binary = binary.to_path_buf();
+    let server = Mutex::new(None);
+    Ok(Pod { inner: Arc::new(PodInner { name, node, address, netns, cgroup, log, binary, server }) })
+}
+
+/// Tells `from` where the pods of `to` are.
+async fn connect_pods(from: &Node, to: &Node) -> Result<(), LabError> {
+    let rtnl = Rtnl::open_in(from.netns())?;
+    let eth0 = rtnl.device("eth0").await?.ifindex;
+    let route = Route { to: to.pod_cidr(), via: Some(to.address()), ifindex: eth0, source: None };
+    Ok(rtnl.add_route(route).await?)
+}
+
+async fn set_loopback_up(rtnl: &Rtnl) -> Result<(), LabError> {
+    let lo = rtnl.device("lo").await?.ifindex;
+    Ok(rtnl.set_up(lo).await?)
+}
+
+fn lan_address(address: Ipv4Addr) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(address, 24))
+}
+
+fn host_address(address: Ipv4Addr) -> IpNet {
+    IpNet::V4(Ipv4Net::from(address))
+}
