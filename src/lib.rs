@@ -8,6 +8,7 @@ pub mod address;
 pub mod admin;
 pub mod app;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod datapath;
 pub mod lab;

@@ -55,6 +55,8 @@ pub struct World {
     pub members: Level<LiveMembers>,
     /// Written by lb_ipam (on the elected agent).
     pub pool_counts: Level<BTreeMap<String, PoolCounts>>,
+    /// Written by vip_owner: the addresses that this node answers for; absent before its first decision.
+    pub claims: Level<Vec<IpAddr>>,
     /// Written by vip_owner: every announced address that this node knows of.
     pub vips: Table<IpAddr, Vip>,
     /// Written by vip_owner: what this node answers for; complete once it has decided for the first time.
@@ -84,6 +86,7 @@ impl World {
             programmed: Level::with(false),
             leadership: Level::default(),
             members: Level::default(),
+            claims: Level::default(),
             pool_counts: Level::default(),
             vips: Table::default(),
             answered: Table::default(),

@@ -20,7 +20,8 @@ use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::datapath::MapStore;
 use crate::level::Follower;
-use crate::net::{clock, garp};
+use crate::clock;
+use crate::net::garp::GarpSender;
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
 
@@ -82,7 +83,7 @@ impl Actor for ArpResponder {
             self.answered.mark_all();
         }
         let Some(store) = self.store.clone() else {
-            self.beat = Some(self.me.cast_after(self.world.config().liveness_interval, ArpResponderMsg::Beat));
+            self.beat = Some(self.me.cast_after(self.world.config().l2.liveness_interval, ArpResponderMsg::Beat));
             return Ok(());
         };
         if let ArpResponderMsg::Beat = message {
@@ -96,7 +97,7 @@ impl ArpResponder {
     /// Refreshes the sign of life, and looks whether somebody removed what should be answered.
     fn beat(&mut self, store: &dyn MapStore) -> Result<(), Failure> {
         let config = self.world.config();
-        let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2_timing.lease_duration);
+        let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2.lease_duration);
         let alive_for = u64::try_from(alive_for.as_nanos()).unwrap_or(u64::MAX);
         store.update_settings(&mut |settings: &mut Settings| {
             *settings = Settings { alive_at, alive_for, ..*settings };
@@ -111,7 +112,7 @@ impl ArpResponder {
             self.programmed = held;
             self.answered.mark_all();
         }
-        self.beat = Some(self.me.cast_after(config.liveness_interval, ArpResponderMsg::Beat));
+        self.beat = Some(self.me.cast_after(config.l2.liveness_interval, ArpResponderMsg::Beat));
         Ok(())
     }
 

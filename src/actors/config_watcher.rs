@@ -41,7 +41,7 @@ pub struct ConfigWatcherArgs {
 /// The actor.
 pub struct ConfigWatcher {
     args: ConfigWatcherArgs,
-    _watch: Option<config::Watch>,
+    pump: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Actor for ConfigWatcher {
@@ -49,13 +49,18 @@ impl Actor for ConfigWatcher {
     type Args = ConfigWatcherArgs;
 
     async fn start(args: Self::Args, me: Address<ConfigWatcherMsg>) -> Result<Self, Failure> {
-        let watch = match &args.inputs.config_dir {
-            Some(dir) => Some(config::watch(dir, { let me = me.clone(); move || drop(me.cast(ConfigWatcherMsg::Changed)) })?),
-            None => None,
-        };
+        let pump = args.inputs.config_dir.as_ref().map(|dir| {
+            let (mut watch, me) = (config::watch(dir), me.clone());
+            tokio::spawn(async move {
+                loop {
+                    watch.changed().await;
+                    me.cast(ConfigWatcherMsg::Changed);
+                }
+            })
+        });
         // What changed while nobody watched.
         me.cast(ConfigWatcherMsg::Changed);
-        Ok(Self { args, _watch: watch })
+        Ok(Self { args, pump })
     }
 
     async fn handle(&mut self, ConfigWatcherMsg::Changed: ConfigWatcherMsg) -> Result<(), Failure> {
@@ -70,5 +75,13 @@ impl Actor for ConfigWatcher {
             metrics::counter!("kinesin_config_reloads_total").increment(1);
         }
         Ok(())
+    }
+}
+
+impl Drop for ConfigWatcher {
+    fn drop(&mut self) {
+        if let Some(pump) = &self.pump {
+            pump.abort();
+        }
     }
 }

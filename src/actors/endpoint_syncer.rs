@@ -11,12 +11,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use kinesin_core::devices::node_port_addresses;
 use kinesin_core::objects::{EndpointSlice, Node, ObjectKey, Service};
 use kinesin_core::services::{self, Compiled, NodeContext, ServiceKey, SliceIndex};
 use metrics::{counter, gauge};
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
+use crate::config;
 use crate::level::Follower;
 use crate::table::{Subscription, Table};
 use crate::world::{Devices, World};
@@ -40,7 +42,7 @@ pub struct EndpointSyncer {
     slices: Subscription<ObjectKey, EndpointSlice>,
     nodes: Subscription<ObjectKey, Node>,
     devices: Follower<Devices>,
-    config: Follower<crate::config::Config>,
+    config: Follower<config::Config>,
     index: SliceIndex,
     context: NodeContext,
     compiled: Table<ServiceKey, Compiled>,
@@ -92,7 +94,6 @@ impl EndpointSyncer {
                 None => self.index.remove(&key),
             });
         }
-        // After a restart: rows of services that went away while nobody looked.
         dirty
     }
 
@@ -105,7 +106,7 @@ impl EndpointSyncer {
         }
         let node = self.world.nodes.get(&ObjectKey::new("", self.world.node.clone()));
         let devices = self.world.devices.get();
-        let context = self.world.config().node_context(&self.world.node, node.as_deref(), devices.as_deref());
+        let context = node_context(&self.world, node.as_deref(), devices.as_deref());
         let changed = context != self.context;
         self.context = context;
         changed
@@ -123,5 +124,30 @@ impl EndpointSyncer {
         if self.compiled.put(key.clone(), compiled) {
             counter!("kinesin_services_events_total", "action" => "update").increment(1);
         }
+    }
+}
+
+/// Label of a node's topology zone.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// What a Service's meaning on this node depends on, besides the Service and its slices.
+fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -> NodeContext {
+    let config = world.config();
+    let labels = node.map(|node| node.metadata.labels.clone()).unwrap_or_default();
+    let node_ips: Vec<_> = node.iter().flat_map(|node| &node.status.addresses).filter_map(|a| a.address.parse().ok()).collect();
+    let selected: Vec<_> = devices.iter().flat_map(|devices| devices.selected()).cloned().collect();
+    NodeContext {
+        name: world.node.clone(),
+        zone: labels.get(ZONE_LABEL).cloned().unwrap_or_default(),
+        labels,
+        node_port_addresses: node_port_addresses(&selected, &node_ips, &config.services.node_port_addresses),
+        ipv4: config.families.ipv4,
+        ipv6: config.families.ipv6,
+        algorithm: match config.services.algorithm {
+            config::Algorithm::Random => services::Algorithm::Random,
+            config::Algorithm::Maglev => services::Algorithm::Maglev,
+        },
+        proxy_name: config.services.proxy_name.as_str().into(),
+        ..NodeContext::default()
     }
 }

@@ -7,7 +7,6 @@
 //!
 //! Deliberately absent: the answers. They are the app's, behind [`crate::admin::Api`].
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
 use crate::admin::{self, Api};
-use crate::config::Config;
+use crate::config::{Config, ListenAddr};
 use crate::level::Follower;
 use crate::world::World;
 
@@ -41,13 +40,14 @@ impl Label for HealthMsg {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Listening {
     socket: PathBuf,
-    metrics: Option<SocketAddr>,
-    healthz: Option<SocketAddr>,
+    metrics: Option<ListenAddr>,
+    healthz: Option<ListenAddr>,
 }
 
 impl From<&Config> for Listening {
     fn from(config: &Config) -> Self {
-        Self { socket: config.socket_path.clone(), metrics: config.prometheus_serve_addr, healthz: config.healthz_addr }
+        let observe = &config.observe;
+        Self { socket: config.paths.socket.clone(), metrics: observe.prometheus, healthz: observe.healthz }
     }
 }
 
@@ -99,7 +99,7 @@ impl Health {
         let mut problems = Vec::new();
         for (what, address) in [("metrics", wanted.metrics), ("kube-proxy healthz", wanted.healthz)] {
             let Some(address) = address else { continue };
-            match tokio::net::TcpListener::bind(address).await {
+            match tokio::net::TcpListener::bind(&*address.candidates()).await {
                 Ok(listener) if what == "metrics" => self.serve(what, admin::serve_metrics(listener, self.api.clone())),
                 Ok(listener) => self.serve(what, admin::serve_healthz(listener, self.api.clone())),
                 Err(error) => problems.push(format!("{what} on {address}: {error}")),

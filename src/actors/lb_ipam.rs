@@ -11,13 +11,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kinesin_core::lb_ipam::{Allocator, Effect, Input};
+use kinesin_core::lb_ipam::{Allocator, CLASS_L2, Effect, Input};
 use kinesin_core::objects::{ObjectKey, Pool, Service};
 use metrics::gauge;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::config::Config;
+use crate::config::{Config, DefaultIpam};
 use crate::level::Follower;
 use crate::source::Source;
 use crate::table::Subscription;
@@ -62,6 +62,7 @@ pub struct LbIpam {
 /// What exists while this agent is the elected one.
 struct Duty {
     allocator: Allocator,
+    config: kinesin_core::lb_ipam::Config,
     synced: bool,
     registration: Option<Timer>,
 }
@@ -108,11 +109,11 @@ impl LbIpam {
         let restart = self.config.changed().is_some();
         let _ = self.leadership.changed();
         let config = self.world.config();
-        let leading = config.enable_lb_ipam && self.world.leadership.get().is_some_and(|leadership| leadership.leading);
+        let leading = config.lb_ipam.enabled && self.world.leadership.get().is_some_and(|leadership| leadership.leading);
         match (&self.duty, leading) {
             (None, true) => self.begin(&config),
             (Some(_), false) => self.end(),
-            (Some(duty), true) if restart && duty.allocator.config() != &config.lb_ipam() => {
+            (Some(duty), true) if restart && duty.config != allocator_config(&config) => {
                 self.end();
                 self.begin(&config);
             }
@@ -123,10 +124,15 @@ impl LbIpam {
 
     fn begin(&mut self, config: &Config) {
         tracing::info!("allocating addresses");
-        self.duty = Some(Duty { allocator: Allocator::new(config.lb_ipam()), synced: false, registration: None });
+        self.duty = Some(Duty {
+            allocator: Allocator::new(allocator_config(config)),
+            config: allocator_config(config),
+            synced: false,
+            registration: None,
+        });
         self.services.mark_all();
         self.pools.mark_all();
-        if !config.skip_crd_creation {
+        if !config.kubernetes.skip_crd_creation {
             self.register();
         }
     }
@@ -209,5 +215,16 @@ impl LbIpam {
         gauge!("cilium_operator_lbipam_services_matching").set(stats.matching as f64);
         gauge!("cilium_operator_lbipam_services_unsatisfied").set(stats.unsatisfied as f64);
         self.world.pool_counts.set(counts);
+    }
+}
+
+/// The Services that `default-lb-service-ipam` and the enabled features leave to LB-IPAM.
+fn allocator_config(config: &Config) -> kinesin_core::lb_ipam::Config {
+    let classes = if config.l2.enabled { vec![CLASS_L2.into()] } else { Vec::new() };
+    kinesin_core::lb_ipam::Config {
+        handle_classless: config.lb_ipam.default_for == DefaultIpam::LbIpam,
+        classes,
+        ipv4: config.families.ipv4,
+        ipv6: config.families.ipv6,
     }
 }

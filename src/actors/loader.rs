@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_REJECT_NO_BACKEND, Settings};
 use kinesin_core::devices::Device;
+use kinesin_core::maglev::HashSeed;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
-use crate::config::Config;
+use crate::config::{Config, NoBackend};
 use crate::datapath::{Datapath, HookStatus, LoadOptions, MapSizes, MapStore, cgroup2_root};
 use crate::level::Follower;
 use crate::world::{Devices, MapsHandle, World};
@@ -58,8 +59,8 @@ impl Actor for Loader {
 
     async fn start(world: World, me: Address<LoaderMsg>) -> Result<Self, Failure> {
         let config = world.config();
-        let options = LoadOptions { bpf_root: config.bpf_root.clone(), max_entries: sizes(&config) };
-        let cgroup = config.kube_proxy_replacement.then(|| cgroup_root(&config)).flatten();
+        let options = LoadOptions { bpf_root: config.paths.bpf_root.clone(), max_entries: sizes(&config) };
+        let cgroup = config.services.socket_lb().then(|| cgroup_root(&config)).flatten();
         // The verifier takes a good part of a second.
         let (datapath, socket_hooks) = tokio::task::spawn_blocking(move || {
             crate::datapath::ensure_bpffs(&options.bpf_root)?;
@@ -99,9 +100,12 @@ impl Actor for Loader {
 impl Loader {
     fn write_settings(&self) -> Result<(), Failure> {
         let config = self.world.config();
-        let flags = if config.reject_no_backend { SETTING_REJECT_NO_BACKEND } else { 0 };
-        let (snat_min, snat_max) = config.snat_ports();
-        let maglev_seed = config.maglev_seed.jhash_seed();
+        let flags = match config.services.no_backend {
+            NoBackend::Reject => SETTING_REJECT_NO_BACKEND,
+            NoBackend::Drop => 0,
+        };
+        let (snat_min, snat_max) = config.services.snat_ports();
+        let maglev_seed = HashSeed::from_bytes(config.services.maglev_seed.bytes).jhash_v4;
         self.store.update_settings(&mut |settings: &mut Settings| {
             *settings = Settings { flags, snat_min, snat_max, maglev_seed, ..*settings };
         })?;
@@ -152,11 +156,12 @@ impl Loader {
 }
 
 fn sizes(config: &Config) -> MapSizes {
-    MapSizes { lb: config.lb_map_max, flows: config.flow_map_max(), ..MapSizes::default() }
+    MapSizes { lb: config.services.map_max, flows: flow_entries(config), ..MapSizes::default() }
 }
 
 fn cgroup_root(config: &Config) -> Option<PathBuf> {
-    config.cgroup_root.clone().or_else(cgroup2_root)
+    let set = (!config.paths.cgroup_root.as_os_str().is_empty()).then(|| config.paths.cgroup_root.clone());
+    set.or_else(cgroup2_root)
 }
 
 /// What the programs need to know of a device: its MAC and the addresses that translated packets may carry.
@@ -178,4 +183,16 @@ fn device_value(device: &Device) -> DeviceValue {
         ipv4: ipv4.unwrap_or_default(),
         ipv6: ipv6.unwrap_or_default(),
     }
+}
+
+/// How many connections fit: what the keys allow, but no more than a share of the machine's memory (1/800, the ratio that
+/// charts set in `bpf-map-dynamic-size-ratio`, halved: one table instead of several), and never fewer than 16,384.
+fn flow_entries(config: &Config) -> u32 {
+    /// Kernel bytes of a preallocated LRU element: its header, key and value.
+    const BYTES: u64 = 48 + 40 + 56;
+    let wanted = config.services.ct_tcp_max.saturating_add(config.services.ct_any_max);
+    let total = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
+    let share = kib.map_or(u64::from(wanted), |kib| kib * 1024 / 800 / BYTES);
+    wanted.min(u32::try_from(share).unwrap_or(u32::MAX)).max(16_384)
 }

@@ -66,7 +66,7 @@ impl Actor for MapWriter {
 
     async fn start(world: World, me: Address<MapWriterMsg>) -> Result<Self, Failure> {
         let wake = { let me = me.clone(); move || drop(me.cast(MapWriterMsg::Wake)) };
-        let verify = me.cast_after(world.config().verify_interval(), MapWriterMsg::Verify);
+        let verify = me.cast_after(world.config().services.verify_interval, MapWriterMsg::Verify);
         Ok(Self {
             compiled: world.compiled.subscribe(wake.clone()),
             maps: world.maps.follow(wake),
@@ -175,7 +175,7 @@ impl MapWriter {
 
     /// Compares the maps with the plan and writes the difference: what others changed, and what was refused.
     async fn verify(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
-        self.verify = self.me.cast_after(self.world.config().verify_interval(), MapWriterMsg::Verify);
+        self.verify = self.me.cast_after(self.world.config().services.verify_interval, MapWriterMsg::Verify);
         if !self.pruned {
             // What nobody has claimed yet is not a difference.
             return self.sync(store).await;

@@ -1,12 +1,11 @@
 //! Types of the levels that belong to no single part.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::devices::Device;
 use kinesin_core::objects::{Condition, ObjectKey};
-use kinesin_core::presence::Record;
+use kinesin_core::presence::Members;
 use smol_str::SmolStr;
 
 use crate::datapath::{HookStatus, MapStore};
@@ -58,11 +57,11 @@ pub struct Leadership {
     pub holder: Option<SmolStr>,
 }
 
-/// The agents that are alive, this one included, by node.
+/// The agents that are alive, this one included.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LiveMembers {
     /// What each last said of itself.
-    pub records: BTreeMap<SmolStr, Record>,
+    pub members: Members,
     /// Whether the first complete list of presence leases has been seen.
     pub settled: bool,
 }

@@ -1,0 +1,239 @@
+//! Shows that this agent is there, and watches who else is.
+//!
+//! owns: this node's presence Lease, and the judgement of everybody's
+//! hears: changes of Leases, of this node's claims and devices; results of its own writes; its alarms
+//! says: the members level
+//! restart story: reads its own record back, with the addresses that it answered for; the others do not notice
+//!
+//! A presence Lease is not given up on an orderly stop: the pinned programs go on answering until it runs out, so that a
+//! restarted agent finds everything as it left it. API load: one write per node and renewal, whatever the number of
+//! services. Deliberately absent: deciding who owns what.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
+use kinesin_core::presence::{ANNOTATION, Record, Tracker, lease_name};
+use metrics::gauge;
+use smol_str::SmolStr;
+
+use super::leader_elector::timing;
+use crate::actor::{Actor, Failure};
+use crate::address::{Address, Label, Timer};
+use crate::level::Follower;
+use crate::clock;
+use crate::source::{Source, WriteError};
+use crate::table::Subscription;
+use crate::world::{Devices, LiveMembers, World};
+
+/// What membership hears.
+pub enum MembershipMsg {
+    /// Leases, claims or devices changed.
+    Wake,
+    /// Time to renew.
+    Renew,
+    /// Somebody's presence may have run out.
+    Alarm,
+    /// A write has ended.
+    Written(Result<Lease, WriteError>),
+}
+
+impl Label for MembershipMsg {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Wake => "Wake",
+            Self::Renew => "Renew",
+            Self::Alarm => "Alarm",
+            Self::Written(_) => "Written",
+        }
+    }
+}
+
+/// The actor.
+pub struct Membership {
+    world: World,
+    source: Arc<dyn Source>,
+    me: Address<MembershipMsg>,
+    leases: Subscription<ObjectKey, Lease>,
+    claims: Follower<Vec<IpAddr>>,
+    devices: Follower<Devices>,
+    tracker: Tracker,
+    instance: SmolStr,
+    since: SmolStr,
+    acquired: Option<SmolStr>,
+    /// Of this node's Lease, as last written or seen.
+    version: SmolStr,
+    writing: bool,
+    /// Something to say since the last write was sent off.
+    stale: bool,
+    renew: Option<Timer>,
+    alarm: Option<Timer>,
+}
+
+impl Actor for Membership {
+    type Msg = MembershipMsg;
+    type Args = (World, Arc<dyn Source>);
+
+    async fn start((world, source): Self::Args, me: Address<MembershipMsg>) -> Result<Self, Failure> {
+        let wake = { let me = me.clone(); move || drop(me.cast(MembershipMsg::Wake)) };
+        me.cast(MembershipMsg::Renew);
+        Ok(Self {
+            leases: world.leases.subscribe(wake.clone()),
+            claims: world.claims.follow(wake.clone()),
+            devices: world.devices.follow(wake),
+            tracker: Tracker::new(world.node.clone()),
+            instance: format!("{:08x}", rand::random::<u32>()).into(),
+            since: clock::micro_time(),
+            acquired: None,
+            version: SmolStr::default(),
+            writing: false,
+            stale: false,
+            renew: None,
+            alarm: None,
+            world,
+            source,
+            me,
+        })
+    }
+
+    async fn handle(&mut self, message: MembershipMsg) -> Result<(), Failure> {
+        match message {
+            MembershipMsg::Wake => {
+                self.observe();
+                let said_anew = self.claims.changed().is_some() | self.devices.changed().is_some();
+                if said_anew && self.world.claims.get().is_some() {
+                    self.write();
+                }
+            }
+            MembershipMsg::Renew => {
+                // Two renewals may be lost before the others notice.
+                let period = timing(&self.world.config()).sanitised().0.lease_duration / 3;
+                self.renew = Some(self.me.cast_after(period, MembershipMsg::Renew));
+                self.write();
+            }
+            MembershipMsg::Alarm => {}
+            MembershipMsg::Written(result) => self.written(result),
+        }
+        self.publish();
+        Ok(())
+    }
+}
+
+impl Membership {
+    fn observe(&mut self) {
+        let now = clock::now();
+        let mut unreadable = Vec::new();
+        for (key, lease) in self.leases.take() {
+            let Some(lease) = lease else {
+                self.tracker.removed(&key.name);
+                continue;
+            };
+            if key.name == lease_name(&self.world.node) {
+                self.acquired = lease.spec.acquire_time.clone();
+                self.version = lease.metadata.resource_version.clone();
+            }
+            if let Err(error) = self.tracker.observe(&lease, now) {
+                unreadable.push(error.to_string());
+            }
+        }
+        if !unreadable.is_empty() {
+            self.world.problems.set("presence", unreadable);
+        }
+    }
+
+    /// Writes this node's record. Before the first decision about ownership nothing is written: an empty record would
+    /// give away what this node still answers for.
+    fn write(&mut self) {
+        let Some(claims) = self.world.claims.get() else { return };
+        if self.writing {
+            self.stale = true;
+            return;
+        }
+        if !self.world.leases.is_complete() {
+            return;
+        }
+        (self.writing, self.stale) = (true, false);
+        let lease = self.lease(&claims);
+        let (source, me) = (self.source.clone(), self.me.clone());
+        tokio::spawn(async move {
+            let result = put(&*source, lease).await;
+            me.cast(MembershipMsg::Written(result));
+        });
+    }
+
+    fn lease(&self, claims: &[IpAddr]) -> Lease {
+        let devices = self.world.devices.get();
+        let live = devices.iter().flat_map(|devices| devices.selected()).filter(|device| device.is_live());
+        let record = Record {
+            node: self.world.node.clone(),
+            instance: self.instance.clone(),
+            since: self.since.clone(),
+            devices: live.map(|device| device.name.clone()).collect(),
+            claims: claims.to_vec(),
+            draining: false,
+        };
+        let name = SmolStr::from(lease_name(&self.world.node));
+        let now = clock::micro_time();
+        let seconds = timing(&self.world.config()).sanitised().0.lease_duration.as_secs_f64().ceil();
+        Lease {
+            metadata: Meta {
+                name,
+                resource_version: self.version.clone(),
+                annotations: [(ANNOTATION.into(), record.to_annotation().into())].into(),
+                ..Meta::default()
+            },
+            spec: LeaseSpec {
+                holder_identity: Some(self.world.node.clone()),
+                lease_duration_seconds: Some(seconds as u32),
+                acquire_time: Some(self.acquired.clone().unwrap_or_else(|| now.clone())),
+                renew_time: Some(now),
+                lease_transitions: None,
+            },
+        }
+    }
+
+    fn written(&mut self, result: Result<Lease, WriteError>) {
+        self.writing = false;
+        match result {
+            Ok(lease) => {
+                self.world.problems.clear("presence");
+                // Sooner than the watch.
+                self.version = lease.metadata.resource_version.clone();
+                if let Err(error) = self.tracker.observe(&lease, clock::now()) {
+                    self.world.problems.set("presence", vec![error.to_string()]);
+                }
+            }
+            Err(error) => self.world.problems.set("presence", vec![error.to_string()]),
+        }
+        if self.stale {
+            self.write();
+        }
+    }
+
+    fn publish(&mut self) {
+        let now = clock::now();
+        for change in self.tracker.expire(now) {
+            tracing::warn!(?change, "presence ran out");
+        }
+        let members = self.tracker.alive(now);
+        gauge!("kinesin_members").set(members.records.len() as f64);
+        let settled = self.world.leases.is_complete();
+        self.world.members.set(LiveMembers { members, settled });
+        self.alarm = self.tracker.next_deadline(now).map(|at| {
+            let delay = at.saturating_duration_since(now) + std::time::Duration::from_millis(1);
+            self.me.cast_after(delay, MembershipMsg::Alarm)
+        });
+    }
+}
+
+/// Nobody else writes this Lease: a conflict means that the version was an old one.
+async fn put(source: &dyn Source, mut lease: Lease) -> Result<Lease, WriteError> {
+    match source.put_lease(&lease).await {
+        Err(WriteError::Conflict { .. } | WriteError::NotFound { .. }) => {
+            let stored = source.get_lease(&lease.metadata.name).await?;
+            lease.metadata.resource_version = stored.map(|lease| lease.metadata.resource_version).unwrap_or_default();
+            source.put_lease(&lease).await
+        }
+        result => result,
+    }
+}
