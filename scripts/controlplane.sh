@@ -4,14 +4,15 @@
 # Only the path goes to standard output; progress goes to standard error. Safe to run several times at once.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 module=$root/tests/controlplane
 out=${CARGO_TARGET_DIR:-$root/target}/controlplane
 
 say() { printf 'controlplane: %s\n' "$*" >&2; }
 
 # This script is part of the hash because the build's flags are in it.
-hash=$(cat "$module/go.mod" "$module/main.go" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)
+hash=$(cat "$module/go.mod" "$module/main.go" "$root/scripts/controlplane.sh" | sha256sum | cut -c1-16)
 binary=$out/controlplane-$hash
 if [[ -x $binary ]]; then
     printf '%s\n' "$binary"

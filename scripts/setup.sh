@@ -2,8 +2,8 @@
 # Installs whatever is missing to build, run and test Kinesin, and nothing that is there already.
 #
 #   scripts/setup.sh          what `make run` needs: the pinned Rust, the pinned nightly for eBPF, LLVM, bpf-linker
-#   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run
-#   scripts/setup.sh check    and what `make check` needs: cargo-deny, and the nightly's rustfmt and clippy
+#   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run, and ip(8)
+#   scripts/setup.sh check    and what `make check` needs: cargo-deny, and the nightly's clippy
 #
 # Every version is read from the file that decides it (rust-toolchain.toml, build.rs) or set once below. When nothing is
 # missing it only looks, touches no network, and is done in a fraction of a second. Deliberately absent: any download
@@ -17,9 +17,9 @@ readonly CARGO_DENY=0.20.2
 # The oldest Go that the control plane's go.mod accepts.
 readonly GO_MAJOR=1 GO_MINOR=26
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 purpose=${1:-run}
-export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -91,7 +91,7 @@ nightly=$(sed -n 's/.*EBPF_TOOLCHAIN.*"\(nightly-[0-9-]*\)".*/\1/p' "$root/build
 [[ -n $nightly ]] || die "build.rs has no EBPF_TOOLCHAIN"
 toolchain "$stable" clippy rustfmt
 if [[ $purpose == check ]]; then
-    toolchain "$nightly" rust-src clippy rustfmt
+    toolchain "$nightly" rust-src clippy
 else
     toolchain "$nightly" rust-src
 fi
@@ -119,6 +119,10 @@ if [[ $purpose == test || $purpose == check ]]; then
     if ((major < GO_MAJOR || (major == GO_MAJOR && ${minor:-0} < GO_MINOR))); then
         die "Go is $go: install Go $GO_MAJOR.$GO_MINOR or newer (https://go.dev/dl) and put its bin directory on PATH"
     fi
+fi
+
+if [[ $purpose == test ]] && ! have ip; then
+    apt_install iproute2
 fi
 
 if [[ $purpose == check && $(cargo-deny --version 2>/dev/null || true) != "cargo-deny $CARGO_DENY" ]]; then

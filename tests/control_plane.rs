@@ -89,7 +89,14 @@ async fn the_agents_own_client_reads_it_with_the_rights_its_user_has() {
     let plane = tokio::task::spawn_blocking(move || {
         let plane = ControlPlane::start(&path, options).unwrap();
         plane.kubectl_apply(WEB);
-        plane.kubectl_ok(&["create", "clusterrolebinding", "readers", "--clusterrole=view", "--group=readers"]);
+        plane.kubectl_ok(&["create", "clusterrole", "readers", "--verb=get", "--resource=services"]);
+        plane.kubectl_ok(&["create", "clusterrolebinding", "readers", "--clusterrole=readers", "--group=readers"]);
+        // The authorizer sees a role through a watch, a moment later.
+        let allowed = ["auth", "can-i", "get", "services", "--as=reader", "--as-group=readers"];
+        wait_until("the reader's rights", Duration::from_secs(60), || {
+            let output = plane.kubectl(&allowed);
+            output.status.success().then_some(()).ok_or_else(|| format!("{output:?}"))
+        });
         plane
     })
     .await
@@ -113,16 +120,20 @@ async fn the_agents_own_client_reads_it_with_the_rights_its_user_has() {
 fn it_runs_in_a_network_namespace_and_makes_slices_there() {
     let namespace = Namespace::with_address("10.88.0.1/24");
     let dir = tempfile::tempdir().unwrap();
-    let options =
-        Options { netns: Some(namespace.path()), bind: "10.88.0.1".parse().unwrap(), ..Options::default() };
+    let options = Options { netns: Some(namespace.path()), bind: "10.88.0.1".parse().unwrap(), ..Options::default() };
     let mut plane = ControlPlane::start(dir.path(), options).unwrap();
-    let endpoint = ["get", "endpointslice", "kubernetes", "-o", "jsonpath={.endpoints[*].addresses[*]}"];
-    assert_eq!(plane.kubectl_ok(&endpoint), "10.88.0.1");
+    let own = ["get", "endpointslice", "-l", "kubernetes.io/service-name=kubernetes", "-o", ADDRESSES];
+    wait_until_reads(&plane, &own, "10.88.0.1");
 
     // The controllers are upstream's too: a pod that is ready becomes an endpoint of the Service that selects it.
-    plane.start_component("kube-controller-manager", &["--leader-elect=false", "--secure-port=0"]).unwrap();
+    let args = ["--controllers=endpointslice-controller", "--leader-elect=false", "--secure-port=0"];
+    plane.start_component("kube-controller-manager", &args).unwrap();
     plane.kubectl_apply(
         r#"
+apiVersion: v1
+kind: Node
+metadata: { name: node-1 }
+---
 apiVersion: v1
 kind: Service
 metadata: { name: blue }
@@ -137,11 +148,16 @@ spec: { nodeName: node-1, containers: [{ name: web, image: none }] }
     let status = r#"{"status":{"phase":"Running","podIP":"10.244.1.2","podIPs":[{"ip":"10.244.1.2"}],
         "conditions":[{"type":"Ready","status":"True"}]}}"#;
     plane.kubectl_ok(&["patch", "pod", "blue-0", "--subresource=status", "--type=merge", "-p", status]);
-    let slices =
-        ["get", "endpointslice", "-l", "kubernetes.io/service-name=blue", "-o", "jsonpath={..addresses[*]}"];
-    wait_until("the slice of a ready pod", Duration::from_secs(120), || match plane.kubectl_ok(&slices).as_str() {
-        "10.244.1.2" => Ok(()),
-        other => Err(format!("addresses {other:?}\n{}", plane.log_tails())),
+    let slices = ["get", "endpointslice", "-l", "kubernetes.io/service-name=blue", "-o", ADDRESSES];
+    wait_until_reads(&plane, &slices, "10.244.1.2");
+}
+
+const ADDRESSES: &str = "jsonpath={.items[*].endpoints[*].addresses[*]}";
+
+fn wait_until_reads(plane: &ControlPlane, args: &[&str], want: &str) {
+    wait_until(want, Duration::from_secs(120), || match plane.kubectl_ok(args) {
+        text if text == want => Ok(()),
+        other => Err(format!("kubectl {args:?} gives {other:?}")),
     });
 }
 

@@ -34,7 +34,10 @@ pub fn try_wait_until<T, E>(bound: Duration, mut probe: impl FnMut() -> Result<T
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the pause between two probes of a bounded wait, on a thread of the test")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the pause between two probes of a bounded wait, on a thread of the test"
+)]
 fn pause() {
     std::thread::sleep(Duration::from_millis(20));
 }

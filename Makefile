@@ -1,0 +1,19 @@
+# Thin: each target is one command of scripts/ or cargo. Versions and what must be installed: scripts/setup.sh.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: ## install what is missing to build and run (the other targets do it too)
+	@scripts/setup.sh run
+
+run: setup ## build, and show a LoadBalancer Service working on three nodes made of namespaces (ONCE=1: do not wait)
+	@source scripts/env.sh && run_as_root && cargo run --bin kinesin -- lab $(if $(filter-out 0,$(ONCE)),--once)
+
+test: ## every test, against the real kernel and a real API server (the first time builds one: about 5 minutes)
+	@scripts/test.sh
+
+check: ## formatting, lints, documentation, licences and advisories
+	@scripts/check.sh
