@@ -17,7 +17,7 @@ use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Obj
 use serde::Serialize;
 
 pub use event::{Event, Events};
-//pub use kubernetes::{ConnectError, KubernetesOptions, KubernetesSource};
+pub use kubernetes::{ConnectError, KubernetesOptions, KubernetesSource};
 pub use manifests::{ManifestsSource, OpenError};
 
 /// Type of the only condition that Kinesin writes on Services, the one that LB-IPAM users know from Cilium.

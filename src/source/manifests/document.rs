@@ -322,7 +322,7 @@ pub(super) fn is_dns_subdomain(name: &str) -> bool {
 }
 
 /// serde's words in a user's words.
-pub(super) fn explain(message: &str) -> String {
+pub(in crate::source) fn explain(message: &str) -> String {
     let message = one_line(message)
         .replace("expected u16", "expected a number from 0 to 65535")
         .replace("expected u32", "expected a whole number that is not negative")

@@ -30,6 +30,7 @@ use futures::{FutureExt, StreamExt};
 use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service};
 use tokio::sync::watch;
 
+pub(super) use self::document::explain;
 use self::kinds::Kind;
 use self::scan::{Message, Scanner};
 use self::state::StateDir;
