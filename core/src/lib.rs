@@ -4,6 +4,7 @@
 //! happen. Deliberately absent: tokio, actors, sockets, files, the Kubernetes client, aya, the clock, randomness. Cargo
 //! keeps it so: none of them is a dependency of this crate.
 
+pub mod devices;
 pub mod lb_ipam;
 pub mod maglev;
 pub mod objects;

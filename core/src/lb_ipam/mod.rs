@@ -1,1 +1,420 @@
-//! Filled in by its own change.
+//! Addresses for Services of type LoadBalancer, from pools.
+//!
+//! `status.loadBalancer.ingress` is the record: what Services already have is imported before anything is handed out, so
+//! that a restart or a new leader changes nothing (R14). The outcome depends on the objects, not on the order in which
+//! their events arrive: older pools and Services come first, names decide between equally old ones. A change costs work
+//! in proportion to what it touches; searches are lookups in ordered maps, whatever the size of a pool.
+//!
+//! Deliberately absent: who is elected to do this, writing to the API, retrying failed writes (the writer keeps the
+//! latest effect per object until it has landed), node addresses as LoadBalancer addresses (Node-IPAM).
+
+mod allocate;
+mod pools;
+mod range;
+mod request;
+mod status;
+mod taken;
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use smol_str::SmolStr;
+
+use crate::objects::{Condition, Object, ObjectKey, Pool, Service};
+use pools::{PoolState, PoolTable};
+pub use range::Count;
+use request::Request;
+pub use status::{
+    CONDITION_INVALID_SPEC, CONDITION_IPS_AVAILABLE, CONDITION_IPS_TOTAL, CONDITION_IPS_USED, CONDITION_POOL_CONFLICT,
+    CONDITION_SATISFIED,
+};
+use taken::TakenSet;
+
+/// `spec.loadBalancerClass` of Services announced over BGP.
+pub const CLASS_BGP: &str = "io.cilium/bgp-control-plane";
+/// `spec.loadBalancerClass` of Services announced on the LAN.
+pub const CLASS_L2: &str = "io.cilium/l2-announcer";
+
+/// What Services are handled, and the cluster's families.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Services without `loadBalancerClass` are handled: `default-lb-service-ipam` is `lbipam`.
+    pub handle_classless: bool,
+    /// Values of `spec.loadBalancerClass` that are handled: [`CLASS_L2`], [`CLASS_BGP`], where those features are on.
+    pub classes: Vec<SmolStr>,
+    /// `enable-ipv4`
+    pub ipv4: bool,
+    /// `enable-ipv6`
+    pub ipv6: bool,
+}
+
+impl Default for Config {
+    /// Everything on.
+    fn default() -> Self {
+        let classes = vec![SmolStr::new_static(CLASS_L2), SmolStr::new_static(CLASS_BGP)];
+        Self { handle_classless: true, classes, ipv4: true, ipv6: true }
+    }
+}
+
+impl Config {
+    fn handles(&self, class: Option<&str>) -> bool {
+        class.map_or(self.handle_classless, |class| self.classes.iter().any(|known| known == class))
+    }
+}
+
+/// What the allocator hears.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A pool as it is now.
+    PoolUpserted(Arc<Pool>),
+    /// A pool is gone.
+    PoolRemoved(ObjectKey),
+    /// A Service as it is now.
+    ServiceUpserted(Arc<Service>),
+    /// A Service is gone.
+    ServiceRemoved(ObjectKey),
+    /// Every address of every node: never handed out, and taken back from a Service that has one (R13).
+    NodeAddresses(BTreeSet<IpAddr>),
+    /// Both complete lists (and the nodes' addresses) have arrived. Nothing is decided before.
+    Synced,
+}
+
+/// What should be written. An effect replaces earlier ones about the same object.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// A Service's status.
+    ServiceStatus {
+        /// The Service.
+        key: ObjectKey,
+        /// The whole of `status.loadBalancer.ingress`.
+        ingress: Vec<IpAddr>,
+        /// [`CONDITION_SATISFIED`] as it should be; `None` removes it. Other conditions stay.
+        condition: Option<Condition>,
+    },
+    /// A pool's status.
+    PoolStatus {
+        /// The pool.
+        name: SmolStr,
+        /// Every condition of ours as it should be. Other conditions stay.
+        conditions: Vec<Condition>,
+    },
+}
+
+/// Numbers for metrics.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// In order of preference.
+    pub pools: Vec<PoolStats>,
+    /// Services that are handled.
+    pub services_matching: usize,
+    /// Those of them that lack something they asked for.
+    pub services_unsatisfied: usize,
+}
+
+/// A pool's part of [`Stats`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolStats {
+    /// The pool.
+    pub name: SmolStr,
+    /// Addresses in its ranges.
+    pub total: Count,
+    /// Of these, taken or kept back.
+    pub used: Count,
+    /// The rest.
+    pub available: Count,
+    /// Overlaps an older pool, or itself.
+    pub conflicting: bool,
+}
+
+/// Older Services come first; keys decide between equally old ones.
+type Rank = (SmolStr, ObjectKey);
+
+/// A Service as it is handled.
+#[derive(Debug)]
+struct Entry {
+    service: Arc<Service>,
+    request: Request,
+    held: Vec<IpAddr>,
+    /// Addresses that it had when it stopped being ours.
+    given_up: Vec<IpAddr>,
+    condition: Option<Condition>,
+    /// We write, or wrote, its status.
+    ours: bool,
+    /// The effect that its next event should show.
+    emitted: Option<(Vec<IpAddr>, Option<Condition>)>,
+}
+
+impl Entry {
+    fn rank(&self) -> Rank {
+        (self.service.metadata.creation_timestamp.clone(), self.request.key.clone())
+    }
+}
+
+/// The allocator's state.
+#[derive(Debug)]
+pub struct Allocator {
+    config: Config,
+    synced: bool,
+    pools: PoolTable,
+    services: HashMap<ObjectKey, Entry>,
+    /// Sorted keys of the Services that have the address.
+    holders: BTreeMap<IpAddr, Vec<ObjectKey>>,
+    node_addresses: BTreeSet<IpAddr>,
+    /// Addresses that are held or belong to a node.
+    taken: TakenSet,
+    /// How many of each pool's addresses are taken.
+    taken_in_pool: HashMap<SmolStr, u64>,
+    /// Addresses held under a sharing key, with the number of holders.
+    groups: HashMap<SmolStr, BTreeMap<IpAddr, usize>>,
+    matching: usize,
+    unsatisfied: BTreeSet<Rank>,
+    emitted_pools: HashMap<SmolStr, Vec<Condition>>,
+    // What this step has changed:
+    bereft: BTreeSet<ObjectKey>,
+    stirred: BTreeSet<IpAddr>,
+    stirred_groups: BTreeSet<SmolStr>,
+    dirty_services: BTreeSet<ObjectKey>,
+    dirty_pools: BTreeSet<SmolStr>,
+}
+
+impl Allocator {
+    /// Knows nothing yet.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            synced: false,
+            pools: PoolTable::default(),
+            services: HashMap::new(),
+            holders: BTreeMap::new(),
+            node_addresses: BTreeSet::new(),
+            taken: TakenSet::default(),
+            taken_in_pool: HashMap::new(),
+            groups: HashMap::new(),
+            matching: 0,
+            unsatisfied: BTreeSet::new(),
+            emitted_pools: HashMap::new(),
+            bereft: BTreeSet::new(),
+            stirred: BTreeSet::new(),
+            stirred_groups: BTreeSet::new(),
+            dirty_services: BTreeSet::new(),
+            dirty_pools: BTreeSet::new(),
+        }
+    }
+
+    /// Takes one input and returns what should be written because of it: nothing where objects already say it.
+    pub fn step(&mut self, input: Input) -> Vec<Effect> {
+        match input {
+            Input::PoolUpserted(pool) => self.pool_upserted(pool),
+            Input::PoolRemoved(key) => self.pool_removed(&key.name),
+            Input::ServiceUpserted(service) => self.service_upserted(service),
+            Input::ServiceRemoved(key) => self.service_removed(&key),
+            Input::NodeAddresses(addresses) => self.node_addresses_changed(addresses),
+            Input::Synced if self.synced => {}
+            Input::Synced => {
+                self.synced = true;
+                self.bootstrap();
+            }
+        }
+        self.flush()
+    }
+
+    /// The pool that an address belongs to.
+    pub fn pool_of(&self, ip: IpAddr) -> Option<&str> {
+        self.pools.containing(ip).next().map(|pool| pool.name().as_str())
+    }
+
+    /// The Services that have an address, sorted.
+    pub fn holders_of(&self, ip: IpAddr) -> &[ObjectKey] {
+        self.holders.get(&ip).map_or(&[], Vec::as_slice)
+    }
+
+    /// What could not be used of a pool's spec, each naming the field and the fix.
+    pub fn pool_problems(&self, name: &str) -> &[String] {
+        self.pools.get(name).map_or(&[], |pool| &pool.problems)
+    }
+
+    /// What could not be used of a Service's requests.
+    pub fn service_problems(&self, key: &ObjectKey) -> &[String] {
+        self.services.get(key).map_or(&[], |entry| &entry.request.problems)
+    }
+
+    /// Numbers for metrics.
+    pub fn stats(&self) -> Stats {
+        let pools = self.pools.iter().map(|pool| {
+            let (total, used) = self.counts(pool);
+            let available = total.saturating_sub(used);
+            PoolStats { name: pool.name().clone(), total, used, available, conflicting: pool.conflict.is_some() }
+        });
+        let active = self.is_active();
+        Stats {
+            pools: pools.collect(),
+            services_matching: self.matching,
+            services_unsatisfied: if active { self.unsatisfied.len() } else { 0 },
+        }
+    }
+
+    /// Without a pool nothing is written: another controller may be at work (R18).
+    fn is_active(&self) -> bool {
+        self.synced && !self.pools.is_empty()
+    }
+
+    fn pool_upserted(&mut self, pool: Arc<Pool>) {
+        let name = pool.key().name;
+        let before = self.pools.get(&name).map(|state| Arc::clone(&state.pool));
+        if before.as_ref().is_some_and(|old| old == &pool) {
+            return;
+        }
+        let was_active = self.is_active();
+        let same_spec = before.is_some_and(|old| {
+            old.spec == pool.spec && old.metadata.creation_timestamp == pool.metadata.creation_timestamp
+        });
+        let old = self.pools.upsert(pool);
+        self.emitted_pools.remove(&name);
+        self.dirty_pools.insert(name.clone());
+        if !self.synced || same_spec {
+            return;
+        }
+        self.recount(&name);
+        match was_active {
+            true => self.pools_changed(old),
+            false => self.bootstrap(),
+        }
+    }
+
+    fn pool_removed(&mut self, name: &SmolStr) {
+        let Some(old) = self.pools.remove(name) else { return };
+        self.taken_in_pool.remove(name);
+        self.emitted_pools.remove(name);
+        self.dirty_pools.remove(name);
+        if self.synced {
+            self.pools_changed(Some(old));
+        }
+    }
+
+    /// Takes back what the pools no longer give, from satisfied Services first, and then serves those who lack something.
+    fn pools_changed(&mut self, old: Option<PoolState>) {
+        let mut affected = BTreeSet::new();
+        for range in old.iter().flat_map(|pool| &pool.ranges) {
+            for (_, keys) in self.holders.range(range.span.first..=range.span.last) {
+                affected.extend(keys.iter().cloned());
+            }
+        }
+        for key in &affected {
+            self.revalidate(key);
+        }
+        let names: Vec<_> = self.pools.iter().map(|pool| pool.name().clone()).collect();
+        self.dirty_pools.extend(names);
+        self.serve_waiting(true);
+    }
+
+    fn service_upserted(&mut self, service: Arc<Service>) {
+        let key = service.key();
+        let request = Request::read(&service, &self.config);
+        let has_condition = service.status.conditions.iter().any(|c| c.kind == CONDITION_SATISFIED);
+        let first_seen = match self.services.remove(&key) {
+            Some(entry) if entry.service == service => {
+                self.services.insert(key, entry);
+                return;
+            }
+            Some(mut entry) => {
+                self.matching -= usize::from(entry.request.handled);
+                self.unsatisfied.remove(&entry.rank());
+                let stirs = entry.request != request;
+                let old_group = std::mem::replace(&mut entry.request, request).sharing_key;
+                entry.service = service;
+                entry.emitted = None;
+                self.matching += usize::from(entry.request.handled);
+                let held = entry.held.clone();
+                let group = entry.request.sharing_key.clone();
+                self.services.insert(key.clone(), entry);
+                for ip in held {
+                    self.leave_group(old_group.as_ref(), ip);
+                    self.join_group(group.as_ref(), ip);
+                    if stirs {
+                        self.stirred.insert(ip);
+                    }
+                }
+                false
+            }
+            None => {
+                self.matching += usize::from(request.handled);
+                let ours = request.handled || has_condition;
+                let (held, given_up, condition, emitted) = (Vec::new(), Vec::new(), None, None);
+                let entry = Entry { service, request, held, given_up, condition, ours, emitted };
+                self.services.insert(key.clone(), entry);
+                true
+            }
+        };
+        if self.is_active() {
+            self.reconcile(&key, first_seen);
+            self.serve_waiting(false);
+        }
+    }
+
+    fn service_removed(&mut self, key: &ObjectKey) {
+        self.release_all(key);
+        self.dirty_services.remove(key);
+        if let Some(entry) = self.services.remove(key) {
+            self.matching -= usize::from(entry.request.handled);
+            self.unsatisfied.remove(&entry.rank());
+        }
+        if self.is_active() {
+            self.serve_waiting(false);
+        }
+    }
+
+    fn node_addresses_changed(&mut self, addresses: BTreeSet<IpAddr>) {
+        let addresses: BTreeSet<IpAddr> = addresses.into_iter().map(|ip| ip.to_canonical()).collect();
+        let old = std::mem::take(&mut self.node_addresses);
+        for &ip in old.difference(&addresses) {
+            self.stirred.insert(ip);
+            if !self.holders.contains_key(&ip) {
+                self.vacate(ip);
+            }
+        }
+        for &ip in addresses.difference(&old) {
+            self.stirred.insert(ip);
+            if !self.holders.contains_key(&ip) {
+                self.occupy(ip);
+            }
+        }
+        let added: Vec<IpAddr> = addresses.difference(&old).copied().collect();
+        self.node_addresses = addresses;
+        if !self.is_active() {
+            return;
+        }
+        for ip in added {
+            for key in self.holders.get(&ip).cloned().unwrap_or_default() {
+                self.revalidate(&key);
+            }
+        }
+        self.serve_waiting(false);
+    }
+
+    /// First decisions: what Services already have, then what they lack.
+    fn bootstrap(&mut self) {
+        let names: Vec<SmolStr> = self.pools.iter().map(|pool| pool.name().clone()).collect();
+        for name in &names {
+            self.recount(name);
+        }
+        self.dirty_pools.extend(names);
+        if !self.is_active() {
+            return;
+        }
+        let mut ranks: Vec<Rank> = self.services.values().map(Entry::rank).collect();
+        ranks.sort();
+        for (_, key) in &ranks {
+            self.import(key, true);
+        }
+        for (_, key) in &ranks {
+            self.reconcile(key, false);
+        }
+        self.serve_waiting(false);
+    }
+}

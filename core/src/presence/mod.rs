@@ -1,0 +1,196 @@
+//! Who is there: each agent keeps one Lease with a record of itself, and judges the others by theirs.
+//!
+//! A node is alive while its Lease keeps changing, seen from here: `renewTime` is compared with what it was, never with a
+//! clock, so that clocks may differ by any amount. Deliberately absent: reading and writing Leases, wall-clock time, and
+//! the faster heartbeats that come with the full ownership protocol.
+
+pub mod election;
+mod record;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smol_str::SmolStr;
+
+use crate::objects::{Lease, Object};
+pub use election::{Election, Timing};
+pub use record::{ANNOTATION, Record, RecordError};
+
+/// Prefix of the names of presence Leases; the node's name follows.
+pub const LEASE_PREFIX: &str = "kinesin-node-";
+
+/// Used where a Lease does not say how long it is good for.
+const DEFAULT_DURATION: Duration = Duration::from_secs(15);
+/// Nobody's absence should go unnoticed for longer, whatever a Lease says.
+const MAX_DURATION: Duration = Duration::from_secs(3600);
+
+/// Name of a node's presence Lease.
+pub fn lease_name(node: &str) -> String {
+    format!("{LEASE_PREFIX}{node}")
+}
+
+/// The nodes that are there, as seen from one of them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Members {
+    /// By node name. Includes this node as others see it, if they do.
+    pub records: BTreeMap<SmolStr, Arc<Record>>,
+    /// This node's own Lease is being renewed: others see it as alive. False before its first renewal.
+    pub self_seen: bool,
+}
+
+/// What happened to a node.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// Is alive, and was not.
+    Joined(SmolStr),
+    /// Says something else about itself.
+    Changed(SmolStr),
+    /// Has left, or was not heard of for the duration of its Lease.
+    Left(SmolStr),
+}
+
+#[derive(Clone, Debug)]
+struct Peer {
+    node: SmolStr,
+    record: Arc<Record>,
+    /// Holder, acquisition and renewal: any difference is a sign of life.
+    pulse: (Option<SmolStr>, Option<SmolStr>, Option<SmolStr>),
+    duration: Duration,
+    /// When the pulse was last seen to change.
+    changed_at: Instant,
+    alive: bool,
+}
+
+impl Peer {
+    fn deadline(&self) -> Instant {
+        self.changed_at + self.duration
+    }
+}
+
+/// Watches everybody's Lease.
+///
+/// This node's own Lease is the canary: when its renewals do not come back, the way to the API is broken, and silence of
+/// others says nothing about them. Then nobody is declared dead until renewals are seen again, and everybody gets a whole
+/// duration from there (R08).
+#[derive(Clone, Debug)]
+pub struct Tracker {
+    me: SmolStr,
+    /// By the Lease's name.
+    peers: BTreeMap<SmolStr, Peer>,
+}
+
+impl Tracker {
+    /// For the node of that name.
+    pub fn new(me: impl Into<SmolStr>) -> Self {
+        Self { me: me.into(), peers: BTreeMap::new() }
+    }
+
+    /// Takes a presence Lease as it is now. Other Leases are left alone. An unreadable record leaves the last one.
+    pub fn observe(&mut self, lease: &Lease, now: Instant) -> Result<Vec<Change>, RecordError> {
+        let name = lease.key().name;
+        if !name.starts_with(LEASE_PREFIX) {
+            return Ok(Vec::new());
+        }
+        let spec = &lease.spec;
+        if spec.holder_identity.as_deref().is_none_or(str::is_empty) {
+            return Ok(self.removed(&name));
+        }
+        let record = Arc::new(Record::from_lease(lease)?);
+        if name.strip_prefix(LEASE_PREFIX) != Some(record.node.as_str()) {
+            return Err(RecordError::Foreign { lease: name, node: record.node.clone() });
+        }
+        let was_blind = self.is_blind(now);
+        let pulse = (spec.holder_identity.clone(), spec.acquire_time.clone(), spec.renew_time.clone());
+        let seconds = spec.lease_duration_seconds.map(|s| Duration::from_secs(s.into()));
+        let duration = seconds.unwrap_or(DEFAULT_DURATION).clamp(Duration::from_secs(1), MAX_DURATION);
+        let node = record.node.clone();
+        let is_me = node == self.me;
+        let (change, stirred) = match self.peers.get_mut(&name) {
+            None => {
+                let peer = Peer { node: node.clone(), record, pulse, duration, changed_at: now, alive: true };
+                self.peers.insert(name, peer);
+                (Some(Change::Joined(node)), true)
+            }
+            Some(peer) => {
+                let stirred = peer.pulse != pulse;
+                let differs = peer.record != record;
+                let was_alive = peer.alive;
+                peer.duration = duration;
+                peer.record = record;
+                peer.node = node.clone();
+                if stirred {
+                    (peer.pulse, peer.changed_at, peer.alive) = (pulse, now, true);
+                }
+                let change = match (was_alive, peer.alive) {
+                    (false, true) => Some(Change::Joined(node)),
+                    (true, _) if differs => Some(Change::Changed(node)),
+                    _ => None,
+                };
+                (change, stirred)
+            }
+        };
+        if is_me && stirred && was_blind {
+            self.forgive(now);
+        }
+        Ok(change.into_iter().collect())
+    }
+
+    /// A presence Lease is gone, or nobody holds it: its node has left.
+    pub fn removed(&mut self, lease_name: &str) -> Vec<Change> {
+        let left = self.peers.remove(lease_name).filter(|peer| peer.alive);
+        left.map(|peer| Change::Left(peer.node)).into_iter().collect()
+    }
+
+    /// Declares those dead whose Lease has not changed for its duration. Safe to call at any time.
+    pub fn expire(&mut self, now: Instant) -> Vec<Change> {
+        if self.is_blind(now) {
+            return Vec::new();
+        }
+        let mut changes = Vec::new();
+        for peer in self.peers.values_mut() {
+            if peer.alive && peer.node != self.me && now >= peer.deadline() {
+                peer.alive = false;
+                changes.push(Change::Left(peer.node.clone()));
+            }
+        }
+        changes
+    }
+
+    /// When [`Tracker::expire`] will have something to say or [`Members::self_seen`] will change, if no Lease does.
+    pub fn next_deadline(&self, now: Instant) -> Option<Instant> {
+        if self.is_blind(now) {
+            return None;
+        }
+        self.peers.values().filter(|peer| peer.alive).map(Peer::deadline).min()
+    }
+
+    /// Those who are there. Does not expire anybody.
+    pub fn alive(&self, now: Instant) -> Members {
+        let alive = self.peers.values().filter(|peer| peer.alive);
+        Members {
+            records: alive.map(|peer| (peer.node.clone(), Arc::clone(&peer.record))).collect(),
+            self_seen: self.mine().is_some_and(|peer| now < peer.deadline()),
+        }
+    }
+
+    fn mine(&self) -> Option<&Peer> {
+        self.peers.values().find(|peer| peer.node == self.me)
+    }
+
+    /// Own renewals have been seen, and are no longer.
+    fn is_blind(&self, now: Instant) -> bool {
+        self.mine().is_some_and(|peer| now >= peer.deadline())
+    }
+
+    fn forgive(&mut self, now: Instant) {
+        for peer in self.peers.values_mut() {
+            if peer.alive {
+                peer.changed_at = now;
+            }
+        }
+    }
+}
