@@ -1,5 +1,7 @@
 //! The lab and the network adapters, in real namespaces with real packets. No agent runs here.
 
+#![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
+
 #[path = "node/adapters.rs"]
 mod adapters;
 #[path = "node/lifetime.rs"]

@@ -194,6 +194,10 @@ impl LoadHandle {
         let process = prepared.piped_stdout().start()?;
         let stdout = process.take_stdout().ok_or_else(|| LabError::Program("the load client has no output".into()))?;
         let (publish, totals) = watch::channel(Totals::default());
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "one run's own output; a reader that is late must not stop the totals"
+        )]
         let (send, events) = mpsc::unbounded_channel();
         // A thread, because this is a blocking pipe; it ends with the process.
         std::thread::spawn(move || {

@@ -14,15 +14,19 @@
 mod agent;
 mod builder;
 mod client;
+mod command;
 mod node;
 mod territory;
+mod view;
 
+pub mod manifests;
 pub mod programs;
 pub mod report;
 
 pub use agent::{AgentHandle, AgentOptions};
 pub use builder::LabBuilder;
 pub use client::{Client, LoadHandle, Response, get_from};
+pub use command::{LabOptions, run};
 pub use node::{Node, Pod};
 pub use territory::BASE_DIR;
 

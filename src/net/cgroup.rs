@@ -44,6 +44,7 @@ pub fn processes(dir: &Path) -> Vec<i32> {
 ///
 /// # Errors
 /// When some are still there after two seconds (a process in an uninterruptible wait).
+#[allow(clippy::disallowed_methods, reason = "also called when a lab is dropped, where nothing can be awaited")]
 pub fn kill_all(dir: &Path) -> Result<(), NetError> {
     let deadline = Instant::now() + Duration::from_secs(2);
     loop {
@@ -66,6 +67,7 @@ pub fn kill_all(dir: &Path) -> Result<(), NetError> {
 ///
 /// # Errors
 /// When one is still in use after two seconds: the kernel releases a killed process's cgroup a little later.
+#[allow(clippy::disallowed_methods, reason = "called when a lab is dropped, where nothing can be awaited")]
 pub fn remove(dir: &Path) -> Result<(), NetError> {
     for below in children(dir) {
         remove(&below)?;

@@ -29,6 +29,17 @@ pub fn frame(mac: [u8; 6], address: Ipv4Addr) -> [u8; FRAME_LEN] {
     })
 }
 
+/// Announces `address` at `mac` on one interface of the current network namespace, once. Never blocks.
+///
+/// # Errors
+/// When the interface has no MAC, is gone or down, or its queue is full; announcing again is harmless.
+pub fn send(ifindex: u32, mac: impl Into<Option<[u8; 6]>>, address: Ipv4Addr) -> Result<(), NetError> {
+    let Some(mac) = mac.into() else {
+        return Err(NetError::Invalid(format!("announce {address}: interface {ifindex} has no MAC address")));
+    };
+    GarpSender::open()?.send(ifindex, mac, address)
+}
+
 /// Sends gratuitous ARP on any interface of the namespace that it was opened in.
 #[derive(Debug)]
 pub struct GarpSender {

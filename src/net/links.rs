@@ -44,6 +44,8 @@ pub struct Device {
     pub master: Option<u32>,
     /// It is `lo`.
     pub loopback: bool,
+    /// It is a port of a bond or team (`IFF_SLAVE`).
+    pub slave: bool,
     /// Its frames have Ethernet headers.
     pub ethernet: bool,
     /// Its addresses with their prefix lengths, sorted.
@@ -67,9 +69,10 @@ impl std::ops::Deref for Snapshot {
     }
 }
 
-/// The task that follows the kernel. Stops when dropped; the receivers then end.
+/// The task that follows the kernel; it stops when this is dropped.
 #[derive(Debug)]
 pub struct LinkMonitor {
+    snapshots: watch::Receiver<Option<Snapshot>>,
     tasks: [JoinHandle<()>; 3],
 }
 
@@ -84,14 +87,27 @@ const DUMP_LIMIT: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(200);
 
 impl LinkMonitor {
-    /// Starts following the current network namespace. Needs a tokio runtime; the sockets are open when this returns,
-    /// so it may be called on a thread that is only visiting the namespace.
-    ///
-    /// The receiver holds `None` until the first complete look.
+    /// Starts following the current network namespace and returns when the first look is complete.
     ///
     /// # Errors
     /// When the kernel has no sockets for us.
-    pub fn open() -> Result<(Self, watch::Receiver<Option<Snapshot>>), NetError> {
+    pub async fn open() -> Result<Self, NetError> {
+        // Before the first await: afterwards another thread, perhaps of another namespace, may go on.
+        let mut monitor = Self::open_here()?;
+        let complete = monitor.snapshots.wait_for(Option::is_some).await.is_ok();
+        if complete {
+            // next() shall return what was found.
+            monitor.snapshots.mark_changed();
+            return Ok(monitor);
+        }
+        Err(NetError::NotFound("the netlink connection ended before the first look".into()))
+    }
+
+    /// Starts following the namespace of this very thread, which may only be visiting it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// When the kernel has no sockets for us.
+    pub fn open_here() -> Result<Self, NetError> {
         // Two sockets, so that a burst of notifications can not disturb the reply to a dump.
         let groups = [
             MulticastGroup::Link,
@@ -108,7 +124,23 @@ impl LinkMonitor {
         let _ = asking.socket_mut().socket_mut().set_netlink_get_strict_chk(true);
         let (publish, snapshots) = watch::channel(None);
         let tasks = [tokio::spawn(listening), tokio::spawn(asking), tokio::spawn(follow(handle, changes, publish))];
-        Ok((Self { tasks }, snapshots))
+        Ok(Self { snapshots, tasks })
+    }
+
+    /// The devices after the next change; the first call returns what is there. Changes in between are left out.
+    /// `None` when the kernel connection ended: open a new monitor.
+    pub async fn next(&mut self) -> Option<Snapshot> {
+        loop {
+            self.snapshots.changed().await.ok()?;
+            if let Some(snapshot) = self.snapshots.borrow_and_update().clone() {
+                return Some(snapshot);
+            }
+        }
+    }
+
+    /// The level itself, for those who only look now and then; `None` in it until the first look is complete.
+    pub fn watch(&self) -> watch::Receiver<Option<Snapshot>> {
+        self.snapshots.clone()
     }
 }
 
@@ -212,6 +244,7 @@ fn device(message: &LinkMessage) -> Device {
         kind: String::new(),
         master: None,
         loopback: flags.contains(LinkFlags::Loopback),
+        slave: flags.contains(LinkFlags::Port),
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         addresses: Vec::new(),
         default_route: false,

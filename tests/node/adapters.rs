@@ -53,6 +53,30 @@ fn sysctls_are_written_in_the_namespace_and_nowhere_else() {
     assert!(error.contains("net/ipv4/no_such_key"), "{error}");
 }
 
+#[tokio::test]
+async fn the_link_monitor_begins_with_what_is_there_and_goes_on_with_changes() {
+    let lab = lab("monitor").nodes(1).build().await.unwrap();
+    let node = lab.node(1);
+    let mut monitor = node.netns().run(LinkMonitor::open_here).unwrap().unwrap();
+    let first = tokio::time::timeout(LIMIT, monitor.next()).await.unwrap().unwrap();
+    let names: Vec<&str> = first.iter().map(|d| d.name.as_str()).collect();
+    assert!(names.contains(&"lo") && names.contains(&"eth0"), "{names:?}");
+    node.cut_link().await.unwrap();
+    let cut = async {
+        loop {
+            let next = monitor.next().await.unwrap();
+            if next.iter().any(|d| d.name == "eth0" && !d.running) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, cut).await.expect("the carrier loss is never seen");
+    // In the namespace of the test itself, where there is at least a loopback device.
+    let mut here = LinkMonitor::open().await.unwrap();
+    let first = tokio::time::timeout(LIMIT, here.next()).await.unwrap().unwrap();
+    assert!(first.iter().any(|d| d.loopback));
+}
+
 /// Waits for a snapshot with a device of which the condition holds.
 async fn see(
     snapshots: &mut watch::Receiver<Option<Snapshot>>,
@@ -70,7 +94,8 @@ async fn see(
 async fn the_link_monitor_sees_carrier_addresses_names_and_removal() {
     let lab = lab("links").nodes(1).pods_per_node(1).build().await.unwrap();
     let node = lab.node(1);
-    let (monitor, mut snapshots) = node.netns().run(LinkMonitor::open).unwrap().unwrap();
+    let monitor = node.netns().run(LinkMonitor::open_here).unwrap().unwrap();
+    let mut snapshots = monitor.watch();
     let eth0 = see(&mut snapshots, "eth0 at the start", |d| d.name == "eth0").await;
     assert!(eth0.up && eth0.running && eth0.ethernet && !eth0.loopback, "{eth0:?}");
     assert!(eth0.default_route && eth0.global_route, "{eth0:?}");
@@ -121,7 +146,8 @@ async fn the_link_monitor_sees_carrier_addresses_names_and_removal() {
 async fn the_link_monitor_ends_with_the_truth_after_a_storm_of_changes() {
     let lab = lab("storm").nodes(1).build().await.unwrap();
     let netns = lab.node(1).netns();
-    let (_monitor, mut snapshots) = netns.run(LinkMonitor::open).unwrap().unwrap();
+    let monitor = netns.run(LinkMonitor::open_here).unwrap().unwrap();
+    let mut snapshots = monitor.watch();
     let eth0 = see(&mut snapshots, "eth0", |d| d.name == "eth0").await;
     let rtnl = Rtnl::open_in(netns).unwrap();
     for last in 1..=250 {

@@ -286,6 +286,21 @@ impl Holding {
         Held { longest_stall_ms: self.counts.longest_stall_ms.max(waiting), ..self.counts }
     }
 
+    /// A connection ended by itself after so many echoes.
+    fn ended(&mut self, number: u32, echoes: u64, detail: String) {
+        self.pending[number as usize] = None;
+        if echoes == 0 {
+            // Never worked, so it is no connection that was lost.
+            self.counts.open_failures += 1;
+            return;
+        }
+        self.counts.broken += 1;
+        self.counts.open -= 1;
+        let at_ms = millis(self.start.elapsed());
+        // Without a reader there is nobody to tell; the next line of the main loop ends the program.
+        let _ = say(&LoadEvent::HeldBroken { at_ms, connection: number, echoes, detail });
+    }
+
     fn echoed(&mut self, number: u32) {
         self.counts.echoes += 1;
         if let Some(since) = self.pending[number as usize].take() {
@@ -308,19 +323,7 @@ async fn hold(shared: Rc<RefCell<Holding>>, number: u32, to: SocketAddr, options
             }
         };
         let (echoes, detail) = keep_echoing(&shared, number, stream, &options).await;
-        let mut holding = shared.borrow_mut();
-        holding.pending[number as usize] = None;
-        if echoes == 0 {
-            // Never worked, so it is no connection that was lost.
-            holding.counts.open_failures += 1;
-        } else {
-            holding.counts.broken += 1;
-            holding.counts.open -= 1;
-            let at_ms = millis(holding.start.elapsed());
-            // Without a reader there is nobody to tell; the next line of the main loop ends the program.
-            let _ = say(&LoadEvent::HeldBroken { at_ms, connection: number, echoes, detail });
-        }
-        drop(holding);
+        shared.borrow_mut().ended(number, echoes, detail);
         tokio::time::sleep(pause).await;
     }
 }
