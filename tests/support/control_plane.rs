@@ -8,7 +8,7 @@
 //! Deliberately absent: nodes. What a kubelet or a scheduler would write, a test applies itself.
 
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::json;
 
-use super::process::{Process, enter_netns};
+use super::process::{Process, enter_netns, in_netns};
 use super::try_wait_until;
 
 /// Two cores, busy with other tests: an API server that needs 3 s alone has needed ten times that.
@@ -119,7 +119,7 @@ impl ControlPlane {
     /// Where clients reach the API server.
     pub fn url(&self) -> String {
         let ip = self.options.advertise.unwrap_or(self.options.bind);
-        format!("https://{}", std::net::SocketAddr::new(ip, self.port))
+        format!("https://{}", SocketAddr::new(ip, self.port))
     }
 
     /// The administrator's kubeconfig.
@@ -278,6 +278,9 @@ impl ControlPlane {
 
     /// One look: the API server says it is ready, and has made the `kubernetes` Service (the last thing it makes).
     fn probe(&self) -> Result<()> {
+        // kubectl takes a core for a tenth of a second, which the API server needs until it listens at all.
+        let address = SocketAddr::new(self.options.advertise.unwrap_or(self.options.bind), self.port);
+        in_netns(self.options.netns.as_deref(), || Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5))?))?;
         for args in [["get", "--raw", "/readyz"].as_slice(), &["get", "service", "kubernetes"]] {
             let output = self.try_kubectl(args, "")?;
             if !output.status.success() {
@@ -367,13 +370,9 @@ fn write_tokens(dir: &Path, users: &[User]) -> Result<()> {
     Ok(())
 }
 
-/// A port that nothing in the namespace listens on at `ip` now. Entering a namespace moves a thread, so a thread of its own.
+/// A port that nothing in the namespace listens on at `ip` now.
 fn free_port(ip: IpAddr, netns: Option<&Path>) -> Result<u16> {
-    let look = || -> Result<u16> {
-        if let Some(path) = netns {
-            let namespace = std::fs::File::open(path).with_context(|| format!("namespace {}", path.display()))?;
-            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        }
+    in_netns(netns, || {
         let mut last = anyhow!("never tried");
         for _ in 0..100 {
             let port = rand::random_range(PORTS);
@@ -383,8 +382,7 @@ fn free_port(ip: IpAddr, netns: Option<&Path>) -> Result<u16> {
             }
         }
         Err(last.context(format!("no port of {PORTS:?} can be bound on {ip}")))
-    };
-    std::thread::scope(|scope| scope.spawn(look).join().expect("it does not panic"))
+    })
 }
 
 #[track_caller]

@@ -13,6 +13,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -103,6 +104,20 @@ pub fn enter_netns(command: &mut Command, netns: Option<&Path>) -> io::Result<()
         command.pre_exec(move || setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from));
     }
     Ok(())
+}
+
+/// Runs `work` in the network namespace `netns`, on a thread of its own: a thread that entered one stays there.
+///
+/// # Errors
+/// The namespace cannot be opened or entered, or whatever `work` says.
+pub fn in_netns<T: Send>(netns: Option<&Path>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let Some(path) = netns else { return work() };
+    let entered = || {
+        let namespace = File::open(path).with_context(|| format!("network namespace {}", path.display()))?;
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(entered).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 struct Job {
