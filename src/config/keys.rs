@@ -36,7 +36,7 @@ impl KeyDef {
         self.kind.allowed()
     }
 
-    /// The type's short name.
+    /// The type's short name, as a flag's placeholder.
     pub fn type_name(&self) -> &'static str {
         self.kind.name()
     }

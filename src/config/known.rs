@@ -462,7 +462,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "underlay-protocol",
     "unmanaged-pod-watcher-interval",
     "update-ec2-adapter-limit-via-api",
-    "version",
     "vlan-bpf-bypass",
     "vtep-cidr",
     "vtep-endpoint",

@@ -79,22 +79,22 @@ impl Kind {
         }
     }
 
-    /// Short name of the type, for flags and tables.
+    /// Short name of the type, as a flag's placeholder.
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Bool(_) | Self::OptionalBool(_) => "bool",
-            Self::Int { .. } | Self::OneOf { .. } => "number",
-            Self::Rate(_) => "decimal",
-            Self::Duration(_) => "duration",
-            Self::Choice(_) | Self::Level(_) => "word",
-            Self::Text(_) => "text",
-            Self::Path { .. } => "path",
-            Self::Words(_) => "list",
-            Self::Urls(_) => "urls",
-            Self::Cidrs(_) => "cidrs",
-            Self::Listen(_) => "address",
-            Self::Ports(_) => "ports",
-            Self::Seed(_) => "base64",
+            Self::Bool(_) | Self::OptionalBool(_) => "BOOL",
+            Self::Int { .. } | Self::OneOf { .. } => "NUMBER",
+            Self::Rate(_) => "DECIMAL",
+            Self::Duration(_) => "DURATION",
+            Self::Choice(_) | Self::Level(_) => "WORD",
+            Self::Text(_) => "TEXT",
+            Self::Path { .. } => "PATH",
+            Self::Words(_) => "LIST",
+            Self::Urls(_) => "URLS",
+            Self::Cidrs(_) => "CIDRS",
+            Self::Listen(_) => "ADDRESS",
+            Self::Ports(_) => "PORTS",
+            Self::Seed(_) => "BASE64",
         }
     }
 
