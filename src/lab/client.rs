@@ -100,7 +100,7 @@ impl Client {
     pub async fn arp_probe_within(&self, address: Ipv4Addr, bound: Duration) -> Result<Vec<[u8; 6]>, LabError> {
         let eth0 = Rtnl::open_in(&self.netns)?.device("eth0").await?;
         let socket = self.netns.run(|| ArpSocket::open(eth0.ifindex))??;
-        let from = (eth0.mac, CLIENT_ADDRESS);
+        let from = (eth0.mac.expect("invariant: a veth has a MAC"), CLIENT_ADDRESS);
         let asked = tokio::task::spawn_blocking(move || socket.who_has(address, from, bound)).await;
         Ok(asked.map_err(|e| LabError::Program(format!("the ARP probe ended early: {e}")))??)
     }

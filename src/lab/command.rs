@@ -1,7 +1,7 @@
 //! `kinesin lab`: a whole small cluster to look at, a power cut, and time to try things.
 //!
 //! The agents are this very binary, the objects are files, and everything shown was asked from outside: the address and
-//! its owner from the command line of a living agent, the MAC from the LAN, the requests from the client's own books.
+//! its owner from the socket of a living agent, the MAC from the LAN, the requests from the client's own books.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -377,22 +377,20 @@ impl Show {
         Picture { up: self.started.elapsed(), vips: self.vips.clone(), pods, totals: self.totals() }
     }
 
-    /// `kinesin vips -o json` with the first agent that answers.
+    /// What `kinesin vips` shows, from the first agent that answers.
     async fn ask_an_agent(&self) -> Option<Vec<Vip>> {
-        for (agent, node) in self.agents.iter().zip(self.lab.nodes()) {
-            let Some(agent) = agent else { continue };
-            let mut command = tokio::process::Command::new(&self.binary);
-            command.args(["vips", "-o", "json", "--socket-path"]).arg(agent.socket_path());
-            command.kill_on_drop(true).stdin(std::process::Stdio::null());
-            let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(3), command.output()).await else { continue };
-            match serde_json::from_slice::<Value>(&output.stdout) {
-                Ok(Value::Array(rows)) if output.status.success() => return Some(rows.iter().map(vip).collect()),
-                _ => tracing::debug!(
-                    node = node.name(),
-                    answer = %String::from_utf8_lossy(&output.stderr),
-                    "no addresses from this agent"
-                ),
+        for agent in self.agents.iter().flatten() {
+            let Ok((200, body)) = agent.get("/v1/vips").await else { continue };
+            let Ok(Value::Array(rows)) = serde_json::from_str(&body) else { continue };
+            let mut vips: Vec<Vip> = rows.iter().map(vip).collect();
+            for vip in &mut vips {
+                // Only the owner's agent knows its MAC; the interface itself is a better witness anyway.
+                let owner = self.lab.nodes().iter().find(|node| node.name() == vip.owner);
+                if let Some(owner) = owner {
+                    vip.owner_mac = owner.mac().await.ok();
+                }
             }
+            return Some(vips);
         }
         None
     }
@@ -479,7 +477,7 @@ fn name_or_nobody(name: &str) -> &str {
     if name.is_empty() { "nobody" } else { name }
 }
 
-/// A row of `vips -o json`.
+/// A row of `/v1/vips`.
 fn vip(row: &Value) -> Vip {
     let text = |key: &str| row.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
     let services = match row.get("services") {
@@ -490,7 +488,7 @@ fn vip(row: &Value) -> Vip {
         address: text("address"),
         services,
         owner: text("owner"),
-        owner_mac: text("mac").to_lowercase(),
+        owner_mac: None,
         lan_mac: None,
     }
 }

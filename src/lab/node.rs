@@ -145,7 +145,8 @@ impl Node {
     /// # Errors
     /// When the interface is gone.
     pub async fn mac(&self) -> Result<[u8; 6], LabError> {
-        Ok(Rtnl::open_in(self.netns())?.device("eth0").await?.mac)
+        let eth0 = Rtnl::open_in(self.netns())?.device("eth0").await?;
+        Ok(eth0.mac.expect("invariant: a veth has a MAC"))
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) struct Vip {
     pub(super) address: String,
     pub(super) services: String,
     pub(super) owner: String,
-    pub(super) owner_mac: String,
+    pub(super) owner_mac: Option<[u8; 6]>,
     pub(super) lan_mac: Option<[u8; 6]>,
 }
 
@@ -107,10 +107,10 @@ impl Picture {
     pub(super) fn to_text(&self, colours: bool) -> String {
         let mut addresses = table(&["ADDRESS", "SERVICE", "OWNER", "MAC ON THE LAN", "WHOSE"]);
         for vip in &self.vips {
-            let (mac, whose, colour) = match vip.lan_mac.map(mac_text) {
+            let (mac, whose, colour) = match vip.lan_mac {
                 None => ("not asked yet".to_string(), "", Color::Yellow),
-                Some(mac) if mac == vip.owner_mac => (mac, "the owner's", Color::Green),
-                Some(mac) => (mac, "NOT the owner's", Color::Red),
+                Some(mac) if vip.owner_mac == Some(mac) => (mac_text(mac), "the owner's", Color::Green),
+                Some(mac) => (mac_text(mac), "NOT the owner's", Color::Red),
             };
             let paint = |cell: Cell| if colours { cell.fg(colour) } else { cell };
             let owner = if vip.owner.is_empty() { "nobody" } else { &vip.owner };

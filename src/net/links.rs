@@ -1,4 +1,4 @@
-//! What network devices this namespace has, kept current.
+//! What network devices this namespace has, kept current. Which of them matter is decided in `kinesin_core::devices`.
 //!
 //! Notifications only say that something changed; what is published is always read anew, because the kernel removes
 //! some things without a word (IPv4 routes of a link that goes down) and drops notifications when a reader is slow.
@@ -13,6 +13,7 @@ use std::time::Duration;
 use futures::channel::mpsc::UnboundedReceiver;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use ipnet::IpNet;
+use kinesin_core::devices::Device;
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -25,49 +26,8 @@ use tokio::task::JoinHandle;
 
 use super::NetError;
 
-/// A link with what matters about it. A core twin decides on it; this one only reports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Device {
-    /// The kernel's number for it, unique in the namespace and not reused while we look.
-    pub ifindex: u32,
-    /// Its name, which may change.
-    pub name: String,
-    /// Its MAC; zeros where the link type has none.
-    pub mac: [u8; 6],
-    /// Administratively up.
-    pub up: bool,
-    /// Has a carrier and works (`IFF_RUNNING`).
-    pub running: bool,
-    /// `veth`, `bridge`, `vlan`, …; empty for hardware.
-    pub kind: String,
-    /// The bridge, bond or VRF that it is a port of.
-    pub master: Option<u32>,
-    /// It is `lo`.
-    pub loopback: bool,
-    /// It is a port of a bond or team (`IFF_SLAVE`).
-    pub slave: bool,
-    /// Its frames have Ethernet headers.
-    pub ethernet: bool,
-    /// Its addresses with their prefix lengths, sorted.
-    pub addresses: Vec<IpNet>,
-    /// A default route of the main table uses it.
-    pub default_route: bool,
-    /// A route of the main table to a globally routable destination (or the default route) uses it.
-    pub global_route: bool,
-    /// Bytes above the Ethernet header.
-    pub mtu: u32,
-}
-
 /// All devices of the namespace at one time, sorted by index.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Snapshot(pub Arc<Vec<Device>>);
-
-impl std::ops::Deref for Snapshot {
-    type Target = [Device];
-    fn deref(&self) -> &[Device] {
-        &self.0
-    }
-}
+pub type Snapshot = Arc<Vec<Device>>;
 
 /// The task that follows the kernel; it stops when this is dropped.
 #[derive(Debug)]
@@ -160,10 +120,10 @@ async fn follow(handle: Handle, mut changes: Changes, publish: watch::Sender<Opt
         match tokio::time::timeout(DUMP_LIMIT, dump(&handle)).await {
             Ok(Ok(devices)) => {
                 publish.send_if_modified(|current| {
-                    if current.as_ref().is_some_and(|old| *old.0 == devices) {
+                    if current.as_ref().is_some_and(|old| **old == devices) {
                         return false;
                     }
-                    *current = Some(Snapshot(Arc::new(devices)));
+                    *current = Some(Arc::new(devices));
                     true
                 });
             }
@@ -235,32 +195,24 @@ pub(super) async fn dump(handle: &Handle) -> Result<Vec<Device>, NetError> {
 
 fn device(message: &LinkMessage) -> Device {
     let flags = message.header.flags;
+    let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
     let mut device = Device {
         ifindex: message.header.index,
-        name: String::new(),
-        mac: [0; 6],
         up: flags.contains(LinkFlags::Up),
         running: flags.contains(LinkFlags::Running) && flags.contains(LinkFlags::LowerUp),
-        kind: String::new(),
-        master: None,
-        loopback: flags.contains(LinkFlags::Loopback),
-        slave: flags.contains(LinkFlags::Port),
-        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
-        addresses: Vec::new(),
-        default_route: false,
-        global_route: false,
-        mtu: 0,
+        is_loopback: flags.contains(LinkFlags::Loopback),
+        is_slave: flags.contains(LinkFlags::Port),
+        ..Device::default()
     };
     for attribute in &message.attributes {
         match attribute {
-            LinkAttribute::IfName(name) => device.name = name.clone(),
-            LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().unwrap_or_default(),
-            LinkAttribute::Mtu(mtu) => device.mtu = *mtu,
+            LinkAttribute::IfName(name) => device.name = name.into(),
+            LinkAttribute::Address(bytes) if ethernet => device.mac = bytes.as_slice().try_into().ok(),
             LinkAttribute::Controller(master) => device.master = Some(*master),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {
-                        device.kind = kind.to_string();
+                        device.kind = kind.to_string().into();
                     }
                 }
             }
@@ -295,8 +247,8 @@ fn note_route(devices: &mut BTreeMap<u32, Device>, route: &RouteMessage) {
     let global = default || destination.is_some_and(is_global);
     for ifindex in out {
         if let Some(device) = devices.get_mut(&ifindex) {
-            device.default_route |= default;
-            device.global_route |= global;
+            device.has_default_route |= default;
+            device.has_global_unicast_route |= global;
         }
     }
 }

@@ -16,7 +16,7 @@ pub mod sysctl;
 use std::io;
 
 pub use garp::GarpSender;
-pub use links::{Device, LinkMonitor, Snapshot};
+pub use links::{LinkMonitor, Snapshot};
 pub use netns::Netns;
 pub use rtnl::Rtnl;
 

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
 use ipnet::{IpNet, Ipv4Net};
+use kinesin_core::devices::Device;
 use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
@@ -14,7 +15,7 @@ use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::task::JoinHandle;
 
-use super::links::{self, Device};
+use super::links;
 use super::{NetError, Netns};
 
 /// A netlink socket and the task that reads it.

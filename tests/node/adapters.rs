@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use kinesin::net::arp::{self, ArpSocket};
 use kinesin::net::rtnl::Rtnl;
-use kinesin::net::{Device, GarpSender, LinkMonitor, Netns, garp, sysctl};
+use kinesin::net::{GarpSender, LinkMonitor, Netns, garp, sysctl};
+use kinesin_core::devices::Device;
 use tokio::sync::watch;
 
 use super::{LIMIT, lab};
@@ -74,7 +75,7 @@ async fn the_link_monitor_begins_with_what_is_there_and_goes_on_with_changes() {
     // In the namespace of the test itself, where there is at least a loopback device.
     let mut here = LinkMonitor::open().await.unwrap();
     let first = tokio::time::timeout(LIMIT, here.next()).await.unwrap().unwrap();
-    assert!(first.iter().any(|d| d.loopback));
+    assert!(first.iter().any(|d| d.is_loopback));
 }
 
 /// Waits for a snapshot with a device of which the condition holds.
@@ -97,16 +98,18 @@ async fn the_link_monitor_sees_carrier_addresses_names_and_removal() {
     let monitor = node.netns().run(LinkMonitor::open_here).unwrap().unwrap();
     let mut snapshots = monitor.watch();
     let eth0 = see(&mut snapshots, "eth0 at the start", |d| d.name == "eth0").await;
-    assert!(eth0.up && eth0.running && eth0.ethernet && !eth0.loopback, "{eth0:?}");
-    assert!(eth0.default_route && eth0.global_route, "{eth0:?}");
+    assert!(eth0.is_live() && !eth0.is_loopback && !eth0.is_slave, "{eth0:?}");
+    assert!(eth0.has_default_route && eth0.has_global_unicast_route, "{eth0:?}");
     assert_eq!(eth0.kind, "veth");
-    assert_eq!(eth0.mtu, 1500);
-    assert_eq!(eth0.mac, node.mac().await.unwrap());
+    assert_eq!(eth0.mac, Some(node.mac().await.unwrap()));
     assert!(eth0.addresses.contains(&"10.0.0.11/24".parse().unwrap()), "{eth0:?}");
-    let lo = see(&mut snapshots, "lo", |d| d.loopback).await;
-    assert!(lo.name == "lo" && !lo.ethernet && !lo.global_route, "{lo:?}");
+    let lo = see(&mut snapshots, "lo", |d| d.is_loopback).await;
+    assert!(lo.name == "lo" && lo.mac.is_none() && !lo.has_global_unicast_route, "{lo:?}");
+    assert_eq!(kinesin_core::devices::unsuitable(&eth0), None, "the agent would choose it");
     let veth = see(&mut snapshots, "the pod's veth", |d| d.name == "veth-pod-1-1").await;
-    assert!(veth.global_route && !veth.default_route, "{veth:?}");
+    assert!(veth.has_global_unicast_route && !veth.has_default_route, "{veth:?}");
+
+    assert!(kinesin_core::devices::unsuitable(&veth).is_some(), "the agent would leave it alone");
 
     node.cut_link().await.unwrap();
     let cut = see(&mut snapshots, "carrier loss", |d| d.name == "eth0" && !d.running).await;
@@ -125,7 +128,7 @@ async fn the_link_monitor_sees_carrier_addresses_names_and_removal() {
 
     // Taking the link down removes its IPv4 routes without any notification of a route.
     rtnl.set_down(eth0.ifindex).await.unwrap();
-    see(&mut snapshots, "no route through a link that is down", |d| d.name == "eth0" && !d.up && !d.default_route)
+    see(&mut snapshots, "no route through a link that is down", |d| d.name == "eth0" && !d.up && !d.has_default_route)
         .await;
 
     rtnl.set_down(veth.ifindex).await.unwrap();
@@ -167,7 +170,8 @@ async fn a_gratuitous_arp_arrives_on_the_lan_as_a_broadcast_request_for_the_addr
 
     let eth0 = Rtnl::open_in(lab.node(1).netns()).unwrap().device("eth0").await.unwrap();
     let sender = lab.node(1).netns().run(GarpSender::open).unwrap().unwrap();
-    sender.send(eth0.ifindex, eth0.mac, vip).unwrap();
+    let mac = lab.node(1).mac().await.unwrap();
+    sender.send(eth0.ifindex, mac, vip).unwrap();
 
     let deadline = Instant::now() + LIMIT;
     let heard = tokio::task::spawn_blocking(move || {
@@ -181,10 +185,10 @@ async fn a_gratuitous_arp_arrives_on_the_lan_as_a_broadcast_request_for_the_addr
     let arp = heard.await.unwrap();
     assert_eq!(arp.operation, arp::REQUEST);
     assert_eq!((arp.sender, arp.target), (vip, vip));
-    assert_eq!((arp.sender_mac, arp.ethernet_source), (eth0.mac, eth0.mac));
+    assert_eq!((arp.sender_mac, arp.ethernet_source), (mac, mac));
     assert_eq!((arp.target_mac, arp.ethernet_destination), ([0xff; 6], [0xff; 6]));
 
-    let error = sender.send(9999, eth0.mac, vip).unwrap_err().to_string();
+    let error = sender.send(9999, mac, vip).unwrap_err().to_string();
     assert!(error.contains("10.0.0.100") && error.contains("9999"), "{error}");
 }
 
@@ -229,7 +233,7 @@ async fn an_arp_probe_finds_exactly_those_who_answer() {
         let rtnl = Rtnl::open_in(lab.node(number).netns()).unwrap();
         let eth0 = rtnl.device("eth0").await.unwrap();
         rtnl.add_address(eth0.ifindex, "10.0.0.99/32".parse().unwrap()).await.unwrap();
-        expected.push(eth0.mac);
+        expected.push(eth0.mac.unwrap());
         let mut found = lab.client().arp_probe(address).await.unwrap();
         found.sort();
         expected.sort();
