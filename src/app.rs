@@ -23,16 +23,18 @@ use crate::actors::membership::Membership;
 use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PolicyWatcher, PoolWatcher};
 use crate::actors::service_watcher::ServiceWatcher;
 use crate::actors::status_writer::StatusWriter;
-use crate::actors::vip_owner::VipOwner;
+use crate::actors::vip_owner::{VipOwner, VipOwnerMsg};
 use crate::address::Address;
 use crate::admin::Api;
-use crate::config::{self, Inputs, Report, SourceKind};
+use crate::config::{self, Inputs, SourceKind};
 use crate::level::Level;
-use crate::source::{KubernetesSource, ManifestsSource, Source};
+use crate::source::{KubernetesOptions, KubernetesSource, ManifestsSource, Source};
 use crate::supervisor::{Backoff, Child, Policy, Strategy, Tree};
 use crate::world::World;
 
 mod answers;
+mod objects;
+mod trees;
 
 use answers::Answers;
 
@@ -61,14 +63,16 @@ pub fn run(inputs: Inputs) -> anyhow::Result<()> {
 
 async fn agent(inputs: Inputs) -> anyhow::Result<()> {
     let (config, report) = config::load(&inputs)?;
-    let metrics = crate::admin::install_metrics().context("install the metrics recorder")?;
-    tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), source = %config.source, generation = config.generation, "starting");
+    let metrics = crate::metrics::install().context("install the metrics recorder")?;
+    tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), source = %config.source.kind, generation = config.generation, "starting");
     let source = connect(&config).await?;
-    let world = World::new(config.node_name.clone(), config);
+    let world = World::new(config.node_name.as_str().into(), config);
     world.problems.set("configuration", report.problems());
     let report = Level::with(report);
-    let answers = Answers::new(world.clone(), source.clone(), report.clone(), metrics);
-    let root = tree(&world, &source, inputs, report, answers.clone());
+    let vip_owner = Address::new("vip_owner");
+    let answers = Answers::new(world.clone(), source.clone(), report.clone(), metrics, vip_owner.clone());
+    let args = ConfigWatcherArgs { world: world.clone(), inputs: Arc::new(inputs), report };
+    let root = tree(&world, &source, vip_owner, args, answers.clone());
     answers.set_tree(root.clone());
     let mut tree = Tree::start(root).await?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -83,14 +87,32 @@ async fn agent(inputs: Inputs) -> anyhow::Result<()> {
 }
 
 async fn connect(config: &config::Config) -> anyhow::Result<Arc<dyn Source>> {
-    Ok(match config.source {
-        SourceKind::Kubernetes => KubernetesSource::connect(config.kubernetes_options()).await?,
-        SourceKind::Manifests => ManifestsSource::open(&config.manifests_dir, &config.state_dir)?,
+    Ok(match config.source.kind {
+        SourceKind::Kubernetes => KubernetesSource::connect(kubernetes_options(config)).await?,
+        SourceKind::Manifests => ManifestsSource::open(&config.source.manifests_dir, &config.paths.state_dir)?,
     })
 }
 
+fn kubernetes_options(config: &config::Config) -> KubernetesOptions {
+    let kubernetes = &config.kubernetes;
+    let given = !kubernetes.kubeconfig.as_os_str().is_empty();
+    KubernetesOptions {
+        kubeconfig: given.then(|| kubernetes.kubeconfig.clone()),
+        api_server_urls: kubernetes.api_servers.clone(),
+        namespace: kubernetes.namespace.clone(),
+        qps: kubernetes.qps.into(),
+        burst: kubernetes.burst,
+    }
+}
+
 /// Who falls with whom.
-fn tree(world: &World, source: &Arc<dyn Source>, inputs: Inputs, report: Level<Report>, api: Arc<Answers>) -> Child {
+fn tree(
+    world: &World,
+    source: &Arc<dyn Source>,
+    vip_owner: Address<VipOwnerMsg>,
+    config: ConfigWatcherArgs,
+    api: Arc<Answers>,
+) -> Child {
     let w = || { let world = world.clone(); move || world.clone() };
     let ws = || { let (world, source) = (world.clone(), source.clone()); move || (world.clone(), source.clone()) };
     macro_rules! watcher {
@@ -121,13 +143,12 @@ fn tree(world: &World, source: &Arc<dyn Source>, inputs: Inputs, report: Level<R
         Child::actor::<LeaderElector>(&Address::new("leader_elector"), ws()),
         Child::actor::<LbIpam>(&Address::new("lb_ipam"), ws()),
         Child::actor::<Membership>(&Address::new("membership"), ws()),
-        Child::actor::<VipOwner>(&Address::new("vip_owner"), w()),
+        Child::actor::<VipOwner>(&vip_owner, w()),
         Child::actor::<ArpResponder>(&Address::new("arp_responder"), w()),
     ]);
     let node = Child::supervisor("node", REST_FOR_ONE, vec![Child::actor::<LinkWatcher>(&Address::new("link_watcher"), w())]);
-    let args = ConfigWatcherArgs { world: world.clone(), inputs: Arc::new(inputs), report };
     let health = Child::supervisor("health", POLICY, vec![
-        Child::actor::<ConfigWatcher>(&Address::new("config_watcher"), move || args.clone()),
+        Child::actor::<ConfigWatcher>(&Address::new("config_watcher"), move || config.clone()),
         Child::actor::<Health>(&Address::new("health_server"), {
             let world = world.clone();
             move || (world.clone(), api.clone() as Arc<dyn Api>)

@@ -13,6 +13,7 @@ pub mod config;
 pub mod datapath;
 pub mod lab;
 pub mod level;
+pub mod metrics;
 pub mod net;
 pub mod source;
 pub mod supervisor;

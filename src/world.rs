@@ -18,7 +18,7 @@ mod problems;
 mod shared;
 
 pub use problems::Problems;
-pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, PoolCounts, StatusKey, StatusOrder, StatusPatch, Vip};
+pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, PoolCounts, StatusKey, StatusOrder, StatusPatch};
 
 /// Everything that actors share.
 #[derive(Clone)]
@@ -57,9 +57,8 @@ pub struct World {
     pub pool_counts: Level<BTreeMap<String, PoolCounts>>,
     /// Written by vip_owner: the addresses that this node answers for; absent before its first decision.
     pub claims: Level<Vec<IpAddr>>,
-    /// Written by vip_owner: every announced address that this node knows of.
-    pub vips: Table<IpAddr, Vip>,
-    /// Written by vip_owner: what this node answers for; complete once it has decided for the first time.
+    /// Written by vip_owner: address and device that this node answers for, with the number of announcements it wants made
+    /// so far; complete once it has decided for the first time.
     pub answered: Table<(IpAddr, u32), u64>,
     /// Orders for status_writer; written by lb_ipam and vip_owner, each under its own keys.
     pub orders: Table<StatusKey, StatusOrder>,
@@ -88,7 +87,6 @@ impl World {
             members: Level::default(),
             claims: Level::default(),
             pool_counts: Level::default(),
-            vips: Table::default(),
             answered: Table::default(),
             orders: Table::default(),
             problems: Problems::default(),

@@ -21,7 +21,7 @@ use crate::address::{Address, Label, Timer};
 use crate::datapath::MapStore;
 use crate::level::Follower;
 use crate::clock;
-use crate::net::garp::GarpSender;
+use crate::net::garp;
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
 
@@ -142,7 +142,7 @@ impl ArpResponder {
             self.programmed.insert(key);
             tracing::info!(address = %ip, device = self.name_of(ifindex), "answering");
         }
-        if self.announced.insert(key, announcement) != Some(announcement) {
+        if self.announced.insert(key, announcement) != Some(announcement) && announcement > 0 {
             self.announce(ip, ifindex);
         }
         Ok(())

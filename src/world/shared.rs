@@ -77,21 +77,6 @@ pub struct PoolCounts {
     pub used: String,
 }
 
-/// An announced address as this node sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Vip {
-    /// Services that have the address.
-    pub services: Vec<ObjectKey>,
-    /// Node that answers for it.
-    pub owner: Option<SmolStr>,
-    /// Devices of this node that answer for it, by index.
-    pub devices: Vec<u32>,
-    /// RFC 3339; when the present owner was first seen as such.
-    pub since: String,
-    /// `owned`, `standby`, `unowned`, …
-    pub state: &'static str,
-}
-
 /// What status_writer writes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StatusKey {

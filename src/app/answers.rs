@@ -1,0 +1,343 @@
+//! What the agent answers when it is asked: the levels, read together.
+//!
+//! Deliberately absent: state of its own, but for the tree, which exists only after this.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use futures::future::{BoxFuture, FutureExt};
+use jiff::Timestamp;
+use kinesin_core::services::{self, FrontendView};
+use metrics::counter;
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use super::{objects, trees};
+use crate::actors::vip_owner::{VipOwnerMsg, views};
+use crate::address::Address;
+use crate::admin::views::{
+    ConfigSummary, ConfigView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, Readiness, SourceView,
+    StatusView, SyncView, TableView, TreeView, VipView,
+};
+use crate::admin::{Api, ApiError};
+use crate::config::{Algorithm, Report};
+use crate::level::Level;
+use crate::source::Source;
+use crate::supervisor::Child;
+use crate::world::World;
+
+/// Implements [`Api`].
+pub(super) struct Answers {
+    world: World,
+    source: Arc<dyn Source>,
+    report: Level<Report>,
+    metrics: PrometheusHandle,
+    vip_owner: Address<VipOwnerMsg>,
+    tree: OnceLock<Child>,
+    began: Instant,
+    /// When the maps were last known to be right.
+    last_good: Mutex<Option<Timestamp>>,
+}
+
+impl Answers {
+    pub(super) fn new(
+        world: World,
+        source: Arc<dyn Source>,
+        report: Level<Report>,
+        metrics: PrometheusHandle,
+        vip_owner: Address<VipOwnerMsg>,
+    ) -> Arc<Self> {
+        let (tree, began, last_good) = (OnceLock::new(), Instant::now(), Mutex::new(None));
+        Arc::new(Self { world, source, report, metrics, vip_owner, tree, began, last_good })
+    }
+
+    /// Completes the answers; before, there are no actors to tell of.
+    pub(super) fn set_tree(&self, root: Child) {
+        // Set twice means set to the same.
+        let _ = self.tree.set(root);
+    }
+
+    fn programmed(&self) -> bool {
+        self.world.programmed.get().is_some_and(|programmed| *programmed)
+    }
+
+    fn status_of(&self, key: &services::ServiceKey) -> String {
+        match self.world.unwritten.get(key) {
+            Some(problem) => problem.to_string(),
+            None if self.programmed() => "programmed".into(),
+            None => "pending".into(),
+        }
+    }
+
+    fn sync(&self) -> Vec<SyncView> {
+        let w = &self.world;
+        let view = |kind: &str, complete: bool, objects: usize| SyncView { kind: kind.into(), complete, objects: objects as u64 };
+        vec![
+            view("services", w.services.is_complete(), w.services.len()),
+            view("endpointslices", w.slices.is_complete(), w.slices.len()),
+            view("nodes", w.nodes.is_complete(), w.nodes.len()),
+            view("ciliumloadbalancerippools", w.pools.is_complete(), w.pools.len()),
+            view("ciliuml2announcementpolicies", w.policies.is_complete(), w.policies.len()),
+            view("leases", w.leases.is_complete(), w.leases.len()),
+        ]
+    }
+
+    fn hooks(&self) -> Vec<HookView> {
+        let handle = self.world.maps.get();
+        let hooks = handle.iter().flat_map(|handle| &handle.hooks);
+        hooks
+            .map(|hook| HookView {
+                program: hook.program.clone(),
+                target: hook.place.clone(),
+                how: hook.attached.map_or_else(|| "-".into(), |attached| format!("{attached:?}").to_lowercase()),
+                ok: hook.is_ok(),
+                error: hook.error.clone(),
+            })
+            .collect()
+    }
+
+    fn maps(&self) -> Vec<MapView> {
+        let handle = self.world.maps.get();
+        let usage = handle.iter().flat_map(|handle| handle.store.usage());
+        usage
+            .map(|table| MapView { name: table.name.into(), used: table.entries.unwrap_or(0), max: table.max_entries.into() })
+            .collect()
+    }
+
+    fn members(&self) -> Vec<MemberView> {
+        let live = self.world.members.get();
+        let records = live.iter().flat_map(|live| live.members.records.keys());
+        records.map(|node| MemberView { node: node.to_string(), state: "alive".into(), last_seen: None }).collect()
+    }
+
+    fn kube_proxy_replacement(&self) -> KprView {
+        let config = self.world.config();
+        let devices = self.world.devices.get();
+        let selected = devices.iter().flat_map(|devices| devices.selected());
+        let range = config.services.node_port_range;
+        let enabled = || "Enabled".to_owned();
+        let services = [
+            ("ClusterIP", enabled()),
+            ("NodePort", format!("Enabled (Range: {}-{})", range.first, range.last)),
+            ("LoadBalancer", enabled()),
+            ("externalIPs", enabled()),
+            ("HostPort", "Disabled".into()),
+        ];
+        KprView {
+            enabled: config.services.kube_proxy_replacement,
+            devices: selected
+                .map(|device| {
+                    let addresses = device.addresses.iter().map(|net| net.addr().to_string());
+                    std::iter::once(device.name.to_string()).chain(addresses).collect::<Vec<_>>().join(" ")
+                })
+                .collect(),
+            socket_lb: config.services.socket_lb(),
+            mode: "SNAT".into(),
+            backend_selection: match config.services.algorithm {
+                Algorithm::Random => "Random".into(),
+                Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),
+            },
+            session_affinity: false,
+            xdp_acceleration: "Disabled".into(),
+            services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
+        }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let listed = self.world.problems.all().into_iter();
+        let mut lines: Vec<_> =
+            listed.flat_map(|(area, texts)| texts.into_iter().map(move |text| format!("{area}: {text}"))).collect();
+        for (key, compiled) in self.world.compiled.rows() {
+            lines.extend(compiled.problems.iter().map(|problem| format!("Service {key}: {problem}")));
+        }
+        lines.extend(self.world.unwritten.rows().into_iter().map(|(key, text)| format!("Service {key}: {text}")));
+        lines
+    }
+
+    async fn vip_views(&self) -> Vec<VipView> {
+        let devices = self.world.devices.get();
+        let vips = views(&self.vip_owner).await.unwrap_or_default();
+        let (now, wall) = (Instant::now(), Timestamp::now());
+        vips.into_iter()
+            .map(|vip| {
+                let device = vip.devices.first().and_then(|device| devices.as_ref()?.by_index(device.ifindex));
+                let since = vip.since.map(|since| wall - jiff::SignedDuration::try_from(now - since).unwrap_or_default());
+                VipView {
+                    address: vip.view.address.to_string(),
+                    pool: objects::pool_of(&self.world, vip.view.address),
+                    owner: vip.view.owner.map(Into::into),
+                    interface: vip.view.interface,
+                    mac: device.and_then(|device| device.mac).map(crate::net::mac_text),
+                    since,
+                    state: objects::kebab(&vip.view.state),
+                    services: vip.view.services,
+                }
+            })
+            .collect()
+    }
+
+    fn export(&self) {
+        let Some(handle) = self.world.maps.get() else { return };
+        for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
+            let direction = format!("{direction:?}").to_lowercase();
+            let labels = [("reason", reason.text().to_owned()), ("direction", direction)];
+            counter!("cilium_drop_count_total", &labels).absolute(count.packets);
+            counter!("cilium_drop_bytes_total", &labels).absolute(count.bytes);
+        }
+        for (direction, count) in handle.store.forwarded().into_iter().flatten() {
+            let labels = [("direction", format!("{direction:?}").to_lowercase())];
+            counter!("cilium_forward_count_total", &labels).absolute(count.packets);
+            counter!("cilium_forward_bytes_total", &labels).absolute(count.bytes);
+        }
+    }
+}
+
+impl Api for Answers {
+    fn status(&self) -> BoxFuture<'_, StatusView> {
+        async {
+            let config = self.world.config();
+            let health = self.source.health();
+            let detail = match &health.last_error {
+                Some(error) if !health.connected => error.clone(),
+                _ => format!("since {}", health.since),
+            };
+            StatusView {
+                node: self.world.node.to_string(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                uptime_seconds: self.began.elapsed().as_secs(),
+                source: SourceView {
+                    kind: self.source.name().into(),
+                    location: health.location,
+                    healthy: health.connected,
+                    detail,
+                },
+                config: ConfigSummary {
+                    generation: config.generation.clone(),
+                    report: Report { settings: Vec::new(), ..self.report.get().map(|r| Report::clone(&r)).unwrap_or_default() },
+                },
+                hooks: self.hooks(),
+                kube_proxy_replacement: self.kube_proxy_replacement(),
+                sync: self.sync(),
+                maps: self.maps(),
+                leader: self.world.leadership.get().and_then(|leadership| leadership.holder.as_ref().map(ToString::to_string)),
+                members: self.members(),
+                problems: self.problems(),
+            }
+        }
+        .boxed()
+    }
+
+    fn services(&self) -> BoxFuture<'_, Vec<FrontendView>> {
+        async {
+            let rows = self.world.compiled.rows().into_iter();
+            let mut views: Vec<_> =
+                rows.flat_map(|(key, compiled)| services::view(&key, &compiled, &self.status_of(&key))).collect();
+            views.sort_by(|a, b| (&a.address, &a.service).cmp(&(&b.address, &b.service)));
+            views
+        }
+        .boxed()
+    }
+
+    fn vips(&self) -> BoxFuture<'_, Vec<VipView>> {
+        self.vip_views().boxed()
+    }
+
+    fn tree(&self) -> BoxFuture<'_, TreeView> {
+        async { self.tree.get().map(trees::view).unwrap_or_default() }.boxed()
+    }
+
+    fn tables(&self) -> BoxFuture<'_, Vec<TableView>> {
+        async {
+            let handle = self.world.maps.get();
+            let usage = handle.iter().flat_map(|handle| handle.store.usage());
+            usage.map(|t| TableView { name: t.name.into(), about: objects::about(t.name).into(), rows: t.entries.unwrap_or(0) }).collect()
+        }
+        .boxed()
+    }
+
+    fn dump<'a>(&'a self, table: &'a str) -> BoxFuture<'a, Result<Vec<DumpRow>, ApiError>> {
+        async move {
+            let Some(handle) = self.world.maps.get() else {
+                return Err(ApiError::Unavailable("the data path is not loaded yet".into()));
+            };
+            let (store, name) = (handle.store.clone(), table.to_owned());
+            let rows = tokio::task::spawn_blocking(move || store.dump_raw(&name)).await;
+            let rows = rows.map_err(|error| ApiError::Unavailable(error.to_string()))?;
+            let rows = rows.map_err(|error| ApiError::NotFound(error.to_string()))?;
+            Ok(rows.into_iter().map(|(key, value)| DumpRow::new([("key", key), ("value", value)])).collect())
+        }
+        .boxed()
+    }
+
+    fn get<'a>(
+        &'a self,
+        kind: &'a str,
+        name: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Vec<serde_json::Value>, ApiError>> {
+        async move { objects::get(&self.world, kind, name) }.boxed()
+    }
+
+    fn kill<'a>(&'a self, actor: &'a str) -> BoxFuture<'a, Result<(), ApiError>> {
+        async move {
+            let child = self.tree.get().and_then(|root| root.find(actor));
+            let child = child.ok_or_else(|| ApiError::NotFound(format!("there is no actor {actor}; see kinesin tree")))?;
+            match child.kill() {
+                Some(true) => Ok(()),
+                Some(false) => Err(ApiError::Unavailable(format!("{actor} is not running right now"))),
+                None => Err(ApiError::Invalid(format!("{actor} is a supervisor; name one of its actors"))),
+            }
+        }
+        .boxed()
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        async {
+            self.export();
+            if let Some(root) = self.tree.get() {
+                trees::report(root);
+            }
+            crate::metrics::render(&self.metrics)
+        }
+        .boxed()
+    }
+
+    fn ready(&self) -> Readiness {
+        let mut reasons: Vec<_> = self.sync().into_iter().filter(|list| !list.complete).map(|list| format!("waiting for {}", list.kind)).collect();
+        // Services do not wait for kinds that only addresses need.
+        reasons.retain(|reason| reason.contains("services") || reason.contains("endpointslices"));
+        if !self.programmed() {
+            reasons.push("the first complete sync is not in the maps yet".into());
+        }
+        Readiness { ready: reasons.is_empty(), reasons }
+    }
+
+    fn live(&self) -> Readiness {
+        // An agent whose supervision gave up is gone; one that answers is alive.
+        Readiness { ready: true, reasons: Vec::new() }
+    }
+
+    fn healthz(&self) -> Healthz {
+        let current = Timestamp::now();
+        let ok = self.programmed() && !objects::node_is_leaving(&self.world);
+        let mut last_good = self.last_good.lock().unwrap_or_else(PoisonError::into_inner);
+        if ok {
+            *last_good = Some(current);
+        }
+        Healthz { ok, last_updated: *last_good, current }
+    }
+
+    fn config(&self) -> BoxFuture<'_, ConfigView> {
+        async {
+            let config = self.world.config();
+            let report = self.report.get().map(|report| Report::clone(&report)).unwrap_or_default();
+            ConfigView { node: config.node_name.clone(), generation: config.generation.clone(), report }
+        }
+        .boxed()
+    }
+}
+
+/// Restarts by cause, for the tree.
+pub(super) fn restarts(stats: &crate::address::Stats) -> BTreeMap<String, u64> {
+    let count = |cause: crate::address::Cause| stats.restarts[cause as usize].load(std::sync::atomic::Ordering::Relaxed);
+    crate::address::Cause::ALL.into_iter().filter(|c| count(*c) > 0).map(|c| (c.as_str().to_owned(), count(c))).collect()
+}

@@ -1,0 +1,79 @@
+//! Objects as the source has them, and small questions about them.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kinesin_core::objects::{Node, Object, ObjectKey};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::admin::ApiError;
+use crate::table::Table;
+use crate::world::World;
+
+/// Objects of a kind, by lower-case plural.
+pub(super) fn get(world: &World, kind: &str, name: Option<&str>) -> Result<Vec<Value>, ApiError> {
+    let found = match kind {
+        "services" => rows(&world.services, name),
+        "endpointslices" => rows(&world.slices, name),
+        "nodes" => rows(&world.nodes, name),
+        "ciliumloadbalancerippools" => rows(&world.pools, name),
+        "ciliuml2announcementpolicies" => rows(&world.policies, name),
+        "leases" => rows(&world.leases, name),
+        _ => return Err(ApiError::NotFound(format!("kind {kind} is not read by this agent"))),
+    };
+    match name {
+        Some(name) if found.is_empty() => Err(ApiError::NotFound(format!("{kind} \"{name}\" not found"))),
+        _ => Ok(found),
+    }
+}
+
+fn rows<T: Object + Serialize>(table: &Table<ObjectKey, T>, name: Option<&str>) -> Vec<Value> {
+    let wanted = |key: &ObjectKey| name.is_none_or(|name| key.name == name || key.to_string() == name);
+    let rows = table.rows().into_iter().filter(|(key, _)| wanted(key));
+    rows.map(|(_, object)| with_type(&object)).collect()
+}
+
+fn with_type<T: Object + Serialize>(object: &Arc<T>) -> Value {
+    let mut value = serde_json::to_value(&**object).unwrap_or_default();
+    if let Value::Object(fields) = &mut value {
+        fields.insert("apiVersion".into(), json!(T::API_VERSIONS[0]));
+        fields.insert("kind".into(), json!(T::KIND));
+    }
+    value
+}
+
+/// The pool that an address comes from.
+pub(super) fn pool_of(world: &World, address: IpAddr) -> Option<String> {
+    let pools = world.pools.rows().into_iter();
+    let mut holding = pools.filter(|(_, pool)| kinesin_core::lb_ipam::pool_contains(&pool.spec, address));
+    holding.next().map(|(key, _)| key.name.to_string())
+}
+
+/// A unit variant as it is written in JSON.
+pub(super) fn kebab(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// Whether load balancers elsewhere should stop sending traffic here.
+pub(super) fn node_is_leaving(world: &World) -> bool {
+    let node: Option<Arc<Node>> = world.nodes.get(&ObjectKey::new("", world.node.clone()));
+    node.is_some_and(|node| node.metadata.deletion_timestamp.is_some())
+}
+
+/// What is in a table, one line.
+pub(super) fn about(table: &str) -> &'static str {
+    match table {
+        "frontends" => "what clients connect to",
+        "slots" => "members of backend sets",
+        "backends" => "pods by id",
+        "maglev" => "consistent selection, by set",
+        "flows" => "connections, one entry per direction",
+        "sockets" => "translated sockets",
+        "l2" => "addresses answered for, per device",
+        "devices" => "MAC and addresses of devices",
+        "settings" => "what the programs are told",
+        "drops" => "packets dropped, by reason",
+        _ => "",
+    }
+}
