@@ -30,16 +30,24 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 
 #[inline(always)]
 fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    let packet = match packet::ipv4(skb, link) {
-        Ok(packet) => packet,
-        Err(Unparsed::Portless(dst, reason)) if lookup::claimed(dst) => return Err(reason),
-        Err(_) => return Ok(Verdict::Pass),
-    };
-    if let Some(flow) = flows::find(&packet) {
-        return follow(skb, &packet, flow);
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let parsed = packet::ipv4(skb, link, packet);
+    let packet = &*packet;
+    if let Err(unparsed) = parsed {
+        if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
+            return Ok(Verdict::Pass);
+        }
+        return Err(match unparsed {
+            Unparsed::UnknownL4 => DropReason::UnknownL4,
+            Unparsed::Fragment => DropReason::Fragment,
+            _ => DropReason::InvalidPacket,
+        });
+    }
+    if let Some(flow) = flows::find(packet) {
+        return follow(skb, packet, flow);
     }
     match lookup::frontend(&packet.flow)? {
-        Some(frontend) => begin(skb, &packet, frontend, link),
+        Some(frontend) => begin(skb, packet, frontend, link),
         None => Ok(Verdict::Pass),
     }
 }
@@ -47,7 +55,7 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 /// A packet of a known connection.
 #[inline(always)]
 fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
-    if packet.fragmented {
+    if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
     let redirect = flow.flags & FLOW_REDIRECT != 0;
@@ -78,7 +86,7 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     if frontend.flags & frontend_flags::ROUTABLE == 0 {
         return Err(DropReason::IsClusterIp);
     }
-    if packet.fragmented {
+    if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
     if frontend.external.count == 0 {
@@ -110,16 +118,19 @@ pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.take_translated() || skb.protocol() != ETH_IPV4 {
         return Ok(Verdict::Pass);
     }
-    let Ok(packet) = packet::ipv4(skb, link) else { return Ok(Verdict::Pass) };
-    let Some(flow) = flows::find(&packet) else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    if packet::ipv4(skb, link, packet).is_err() {
+        return Ok(Verdict::Pass);
+    }
+    let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {
         return Ok(Verdict::Pass);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
-    flows::track(&packet, flow);
-    if packet.fragmented {
+    flows::track(packet, flow);
+    if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
-    rewrite::translate(skb, &packet, &to, false)?;
+    rewrite::translate(skb, packet, &to, false)?;
     Ok(Verdict::Translated)
 }

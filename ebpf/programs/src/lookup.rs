@@ -7,10 +7,18 @@ use kinesin_abi::{
     maglev_index, proto,
 };
 
-use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, SETTINGS, SLOTS, SOCKETS};
+use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, SETTINGS, SLOTS, SOCKETS};
+use crate::packet::Packet;
 
 /// How often a selection tries again when it meets a slot that is being rewritten.
 const TRIES: u32 = 4;
+
+/// Memory of this CPU for the packet at hand.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Packet> {
+    // SAFETY: hooks run to their end on one CPU without another hook in between, so nobody else has it.
+    PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
+}
 
 /// The frontend at exactly this address, port and protocol.
 #[inline(always)]

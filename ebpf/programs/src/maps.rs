@@ -10,6 +10,8 @@ use kinesin_abi::{
     L2Value, MaglevTable, Settings, SocketKey, SocketValue,
 };
 
+use crate::packet::Packet;
+
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Where clients connect to.
@@ -47,6 +49,10 @@ pub static DEVICES: HashMap<u32, DeviceValue, 256, NO_PREALLOC> = HashMap::new()
 /// What the agent tells the programs.
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// The packet at hand; see `packet`. Private to the programs: not pinned, not dumped.
+#[btf_map]
+pub static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
 
 /// Packets dropped by reason, and forwarded.
 #[btf_map]

@@ -1,5 +1,8 @@
 //! Reading packets. Everything that later steps need is copied out, because any write voids direct packet pointers.
 //!
+//! It is copied into per-CPU memory, not onto the stack: of values read back from there the verifier knows nothing, so
+//! it checks the rest of the program once, and not again for each way that parsing may have gone.
+//!
 //! Deliberately absent: IPv6, which becomes a sibling of [`ipv4`] with the same result.
 
 use kinesin_abi::{Addr, Be16, DropReason, FlowKey, proto};
@@ -33,18 +36,25 @@ pub struct Packet {
     pub ip_check: u16,
     /// Length from the IP header on, in bytes.
     pub ip_len: u16,
-    /// A UDP packet without checksum.
-    pub unchecked: bool,
-    /// First fragment of several.
-    pub fragmented: bool,
+    /// 1 for a UDP packet without checksum.
+    pub unchecked: u8,
+    /// 1 for the first fragment of several.
+    pub fragmented: u8,
 }
 
-/// Why a packet is no [`Packet`].
+/// Why a packet is no [`Packet`]. The numbers are those of the reasons: without payload there is no undefined byte for
+/// the compiler to pass along, which the verifier would refuse.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Unparsed {
     /// Not for us to judge.
-    Foreign,
-    /// There are no ports; to be dropped for this reason where the destination address is ours alone.
-    Portless(Addr, DropReason),
+    Foreign = 0,
+    /// [`DropReason::InvalidPacket`], where the destination address is ours.
+    Invalid = DropReason::InvalidPacket as u8,
+    /// [`DropReason::UnknownL4`], where the destination address is ours.
+    UnknownL4 = DropReason::UnknownL4 as u8,
+    /// [`DropReason::Fragment`], where the destination address is ours.
+    Fragment = DropReason::Fragment as u8,
 }
 
 #[repr(C)]
@@ -81,70 +91,62 @@ pub fn linearize(skb: Skb) {
     }
 }
 
-/// Reads an IPv4 packet whose IP header starts at `l3`.
+/// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
 #[inline(always)]
-pub fn ipv4(skb: Skb, l3: u32) -> Result<Packet, Unparsed> {
+pub fn ipv4(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     linearize(skb);
     let Some(ip) = at::<Ipv4>(skb, l3) else { return Err(Unparsed::Foreign) };
     let header = ((ip.version_ihl & 0x0f) as u32) << 2;
     if ip.version_ihl >> 4 != 4 || header < 20 {
         return Err(Unparsed::Foreign);
     }
-    let dst = Addr::from_v4_raw(ip.dst);
     let fragment = u16::from_be(ip.fragment);
     let len = u16::from_be(ip.len);
-    let (protocol, ttl, check, src) = (ip.proto, ip.ttl, ip.check, ip.src);
+    let protocol = ip.proto;
+    packet.flow.src = Addr::from_v4_raw(ip.src);
+    packet.flow.dst = Addr::from_v4_raw(ip.dst);
+    packet.flow.proto = protocol;
+    packet.flow.pad = [0; 3];
+    packet.l3 = l3;
+    packet.l4 = l3 + header;
+    packet.ttl = ip.ttl;
+    packet.ip_check = ip.check;
+    packet.ip_len = len;
+    packet.fragmented = (fragment & MORE_FRAGMENTS != 0) as u8;
+    packet.tcp = 0;
+    packet.unchecked = 0;
     if protocol == proto::ICMP {
         return Err(Unparsed::Foreign);
     }
     if protocol != proto::TCP && protocol != proto::UDP {
-        return Err(Unparsed::Portless(dst, DropReason::UnknownL4));
+        return Err(Unparsed::UnknownL4);
     }
     if fragment & FRAGMENT_OFFSET != 0 {
-        return Err(Unparsed::Portless(dst, DropReason::Fragment));
+        return Err(Unparsed::Fragment);
+    }
+    if l3 + len as u32 > skb.len() {
+        return Err(Unparsed::Invalid);
     }
     let l4 = l3 + header;
-    let invalid = Err(Unparsed::Portless(dst, DropReason::InvalidPacket));
-    if l3 + len as u32 > skb.len() {
-        return invalid;
-    }
-    let mut packet = Packet {
-        flow: FlowKey {
-            src: Addr::from_v4_raw(src),
-            dst,
-            sport: Be16::default(),
-            dport: Be16::default(),
-            proto: protocol,
-            pad: [0; 3],
-        },
-        l3,
-        l4,
-        tcp: 0,
-        ttl,
-        ip_check: check,
-        ip_len: len,
-        unchecked: false,
-        fragmented: fragment & MORE_FRAGMENTS != 0,
-    };
     if protocol == proto::TCP {
-        let Some(tcp) = at::<[u16; 10]>(skb, l4) else { return invalid };
+        let Some(tcp) = at::<[u16; 10]>(skb, l4) else { return Err(Unparsed::Invalid) };
         let offset_flags = u16::from_be(tcp[6]);
         if (len as u32) < header + 20 || offset_flags >> 12 < 5 {
-            return invalid;
+            return Err(Unparsed::Invalid);
         }
         packet.flow.sport = Be16::from_raw(tcp[0]);
         packet.flow.dport = Be16::from_raw(tcp[1]);
         packet.tcp = offset_flags as u8;
     } else {
-        let Some(udp) = at::<[u16; 4]>(skb, l4) else { return invalid };
+        let Some(udp) = at::<[u16; 4]>(skb, l4) else { return Err(Unparsed::Invalid) };
         if (len as u32) < header + 8 || u16::from_be(udp[2]) < 8 {
-            return invalid;
+            return Err(Unparsed::Invalid);
         }
         packet.flow.sport = Be16::from_raw(udp[0]);
         packet.flow.dport = Be16::from_raw(udp[1]);
-        packet.unchecked = udp[3] == 0;
+        packet.unchecked = (udp[3] == 0) as u8;
     }
-    Ok(packet)
+    Ok(())
 }
 
 /// The start of an Ethernet frame.

@@ -54,7 +54,7 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, link: u32) -> Result<Verdict,
     // Without a UDP checksum the sum of the segment would have to be read: quote its header only, as RFC 792 asks for.
     let mut quoted = packet.ip_len;
     let mut payload = pseudo_header(packet);
-    if packet.unchecked {
+    if packet.unchecked != 0 {
         quoted = (packet.l4 - packet.l3) as u16 + 8;
         let ports = add(packet.flow.sport.raw() as u32, packet.flow.dport.raw() as u32);
         let len = packet.ip_len - (packet.l4 - packet.l3) as u16;

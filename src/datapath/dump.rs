@@ -1,0 +1,188 @@
+//! Elements of the maps, for people: `kinesin dump`.
+
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr};
+
+use kinesin_abi::{
+    Addr, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET, DROP_SLOTS, DeviceValue, DropCounter, DropReason,
+    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key, L2Value,
+    SETTING_REJECT_NO_BACKEND, Settings, SocketKey, SocketValue, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    TCP_SEEN_RST, frontend_flags, proto,
+};
+
+use super::from_bytes;
+
+/// `10.0.0.1:80` or `[2001:db8::1]:80`.
+pub(crate) fn endpoint(addr: Addr, port: Be16) -> String {
+    match IpAddr::from(addr) {
+        IpAddr::V4(ip) => format!("{ip}:{}", port.get()),
+        IpAddr::V6(ip) => format!("[{ip}]:{}", port.get()),
+    }
+}
+
+fn protocol(number: u8) -> String {
+    match number {
+        proto::ANY => "ANY".into(),
+        proto::TCP => "TCP".into(),
+        proto::UDP => "UDP".into(),
+        proto::SCTP => "SCTP".into(),
+        other => other.to_string(),
+    }
+}
+
+pub(crate) fn frontend_key(key: &FrontendKey) -> String {
+    format!("{}/{}", endpoint(key.addr, key.port), protocol(key.proto))
+}
+
+pub(crate) fn backend(backend: &Backend) -> String {
+    let state = match backend.state {
+        0 => "free",
+        1 => "active",
+        2 => "terminating",
+        3 => "terminating-not-serving",
+        4 => "maintenance",
+        _ => "?",
+    };
+    let local = if backend.flags & BACKEND_LOCAL != 0 { " local" } else { "" };
+    format!("{}/{} {state}{local}", endpoint(backend.addr, backend.port), protocol(backend.proto))
+}
+
+/// The names of the bits that are set.
+fn flags(bits: u32, names: &[(u32, &str)]) -> String {
+    let set: Vec<&str> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
+    if set.is_empty() { "-".into() } else { set.join(",") }
+}
+
+fn frontend_value(value: &FrontendValue) -> String {
+    let kind = match value.flags & frontend_flags::KIND {
+        0 => "ClusterIP",
+        1 => "NodePort",
+        2 => "LoadBalancer",
+        3 => "ExternalIPs",
+        4 => "HostPort",
+        _ => "?",
+    };
+    let names = flags(
+        value.flags,
+        &[
+            (frontend_flags::ROUTABLE, "routable"),
+            (frontend_flags::MAGLEV, "maglev"),
+            (frontend_flags::WILDCARD, "wildcard"),
+            (frontend_flags::EXTERNAL_LOCAL, "external-local"),
+            (frontend_flags::INTERNAL_LOCAL, "internal-local"),
+            (frontend_flags::AFFINITY, "affinity"),
+            (frontend_flags::SOURCE_RANGES, "source-ranges"),
+        ],
+    );
+    let (external, internal) = (value.external, value.internal);
+    format!(
+        "{kind} {names} service={} affinity={}s external={}+{} internal={}+{}",
+        value.service, value.affinity, external.base, external.count, internal.base, internal.count
+    )
+}
+
+fn flow_key(key: &FlowKey) -> String {
+    format!("{} {} -> {}", protocol(key.proto), endpoint(key.src, key.sport), endpoint(key.dst, key.dport))
+}
+
+fn flow_value(value: &FlowValue) -> String {
+    let names =
+        flags(value.flags.into(), &[(FLOW_REPLY.into(), "reply"), (FLOW_REDIRECT.into(), "redirect"), (FLOW_FROM_LAN.into(), "lan")]);
+    let tcp = flags(
+        value.tcp.into(),
+        &[
+            (TCP_SEEN_FIN.into(), "fin"),
+            (TCP_SEEN_FIN_REPLY.into(), "fin-reply"),
+            (TCP_SEEN_RST.into(), "rst"),
+            (TCP_SEEN_REPLY.into(), "answered"),
+        ],
+    );
+    let (src, dst) = (endpoint(value.src, value.sport), endpoint(value.dst, value.dport));
+    format!("{src} -> {dst} backend={} {names} seen={tcp} last={}s", value.backend, value.last_seen / 1_000_000_000)
+}
+
+fn mac(mac: [u8; 6]) -> String {
+    mac.iter().enumerate().fold(String::new(), |mut text, (i, byte)| {
+        let _ = write!(text, "{}{byte:02x}", if i == 0 { "" } else { ":" });
+        text
+    })
+}
+
+fn device(value: &DeviceValue) -> String {
+    let ethernet = if value.flags & DEVICE_ETHERNET != 0 { "ethernet" } else { "no-link-header" };
+    let ipv6 = IpAddr::from(value.ipv6);
+    format!("{} {} {ipv6} {ethernet}", mac(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
+}
+
+fn settings(value: &Settings) -> String {
+    format!(
+        "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x}",
+        value.alive_at,
+        value.alive_for,
+        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend")]),
+        value.snat_min,
+        value.snat_max,
+        value.maglev_seed
+    )
+}
+
+fn socket_key(key: &SocketKey) -> String {
+    format!("{:#x} {} {}", key.cookie, protocol(key.proto), endpoint(key.addr, key.port))
+}
+
+fn socket_value(value: &SocketValue) -> String {
+    format!("{} backend={}", endpoint(value.addr, value.port), value.backend)
+}
+
+fn drop_key(slot: u32) -> String {
+    let direction = if slot < DROP_SLOTS / 2 { "ingress" } else { "egress" };
+    let reason = slot % (DROP_SLOTS / 2);
+    let text = match DropReason::ALL.iter().find(|known| **known as u32 == reason) {
+        Some(known) => known.text(),
+        None if reason == 0 => "Forwarded",
+        None => "?",
+    };
+    format!("{direction} {reason} {text}")
+}
+
+/// The sum of a per-CPU counter.
+pub(crate) fn sum(value: &[u8]) -> DropCounter {
+    value.chunks_exact(size_of::<DropCounter>()).filter_map(from_bytes::<DropCounter>).fold(
+        DropCounter::default(),
+        |sum, cpu| DropCounter { packets: sum.packets + cpu.packets, bytes: sum.bytes + cpu.bytes },
+    )
+}
+
+/// One element of a table; none where it holds nothing worth showing (a free backend, an empty slot).
+pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, String)> {
+    let number = from_bytes::<u32>(key).map(|n| n.to_string());
+    match table {
+        "frontends" => Some((frontend_key(&from_bytes(key)?), frontend_value(&from_bytes(value)?))),
+        "slots" => from_bytes::<BackendId>(value).filter(|id| *id != 0).and_then(|id| Some((number?, id.to_string()))),
+        "backends" => from_bytes::<Backend>(value)
+            .filter(|value| *value != Backend::default())
+            .and_then(|value| Some((number?, backend(&value)))),
+        "maglev" => {
+            let mut ids: Vec<BackendId> = value.chunks_exact(4).filter_map(from_bytes).filter(|id| *id != 0).collect();
+            let filled = ids.len();
+            ids.sort_unstable();
+            ids.dedup();
+            Some((number?, format!("{filled} entries, backends {ids:?}")))
+        }
+        "flows" => Some((flow_key(&from_bytes(key)?), flow_value(&from_bytes(value)?))),
+        "sockets" => Some((socket_key(&from_bytes(key)?), socket_value(&from_bytes(value)?))),
+        "l2" => {
+            let key: L2Key = from_bytes(key)?;
+            let value: L2Value = from_bytes(value)?;
+            Some((format!("{:?} dev {}", key.addr, key.ifindex), format!("responses-sent={}", value.responses_sent)))
+        }
+        "devices" => Some((number?, device(&from_bytes(value)?))),
+        "settings" => Some((number?, settings(&from_bytes(value)?))),
+        "drops" => {
+            let counter = sum(value);
+            let key = drop_key(from_bytes(key)?);
+            (counter.packets > 0).then(|| (key, format!("{} packets, {} bytes", counter.packets, counter.bytes)))
+        }
+        _ => None,
+    }
+}

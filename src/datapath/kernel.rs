@@ -1,0 +1,325 @@
+//! [`MapStore`] on the kernel's maps.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use kinesin_abi::{
+    Addr, Backend, BackendId, Be16, DeviceValue, Direction, DropCounter, DropReason, FLOW_REPLY, FlowKey, FlowValue,
+    FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, drop_slot, proto,
+};
+use kinesin_core::plan::{Actual, Op};
+
+use super::batch::{Stopped, Table};
+use super::{
+    ApplyError, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump, from_bytes,
+    hint, sys, table_name, table_of,
+};
+
+/// Bytes of a Maglev table as the kernel stores it.
+const MAGLEV_BYTES: usize = size_of::<MaglevTable>();
+
+/// The maps in the kernel. Clones of its file descriptors stay valid whatever becomes of programs and pins.
+#[derive(Debug)]
+pub struct KernelMaps {
+    tables: [Table; TABLES.len()],
+}
+
+impl KernelMaps {
+    /// From one file descriptor per table, in the order of [`TABLES`].
+    pub(crate) fn new(fds: [OwnedFd; TABLES.len()]) -> io::Result<Self> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, error)| error)?.get() as usize;
+        let mut tables = Vec::with_capacity(TABLES.len());
+        for (name, fd) in TABLES.into_iter().zip(fds) {
+            tables.push(Table::new(fd, if name == "drops" { cpus } else { 1 })?);
+        }
+        let tables = tables.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        Ok(Self { tables })
+    }
+
+    /// The file descriptor of a table, for tests that look at it from outside.
+    pub fn raw_fd(&self, table: &str) -> Result<BorrowedFd<'_>, TableError> {
+        Ok(self.table(table_name(table)?).fd())
+    }
+
+    fn table(&self, name: &'static str) -> &Table {
+        let index = TABLES.iter().position(|table| *table == name);
+        &self.tables[index.expect("callers name tables by the literals of TABLES")]
+    }
+
+    fn failed(&self, table: &'static str, action: &'static str) -> impl FnOnce(io::Error) -> MapError {
+        let entries = self.table(table).entries;
+        move |source| MapError { table, action, hint: hint(table, &source, entries), source }
+    }
+
+    /// All elements of a table that decode.
+    fn scan<K: aya::Pod, V: aya::Pod>(&self, table: &'static str) -> Result<Vec<(K, V)>, MapError> {
+        let mut all = Vec::new();
+        self.table(table)
+            .scan(|key, value| all.extend(from_bytes(key).zip(from_bytes(value))))
+            .map_err(self.failed(table, "read"))?;
+        Ok(all)
+    }
+
+    fn put<K: aya::Pod, V: aya::Pod>(&self, table: &'static str, key: &K, value: &V) -> Result<(), MapError> {
+        self.table(table).put(bytes_of(key), bytes_of(value)).map_err(self.failed(table, "write to"))
+    }
+
+    fn remove<K: aya::Pod>(&self, table: &'static str, key: &K) -> Result<(), MapError> {
+        self.table(table).remove(bytes_of(key)).map(drop).map_err(self.failed(table, "delete from"))
+    }
+
+    /// Bases and bytes of the Maglev tables; the kernel gives out ids of the inner maps.
+    fn maglev(&self) -> Result<Vec<RawEntry>, MapError> {
+        let inner: Vec<(u32, u32)> = self.scan("maglev")?;
+        let mut tables = Vec::with_capacity(inner.len());
+        for (base, id) in inner {
+            let mut bytes = vec![0; MAGLEV_BYTES];
+            // Replaced since it was listed: the new one is in the next reading.
+            let Ok(fd) = sys::map_by_id(id) else { continue };
+            let fits = sys::map_info(fd.as_fd()).is_ok_and(|info| info.value as usize == MAGLEV_BYTES);
+            if fits && sys::lookup(fd.as_fd(), &[0; 4], &mut bytes).map_err(self.failed("maglev", "read"))? {
+                tables.push((base.to_ne_bytes().to_vec(), bytes));
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Writes a Maglev table: into the one that is there, else as a new one. A lookup that meets a table being
+    /// overwritten finds an id of the old or of the new table, and both are backends.
+    fn put_maglev(&self, base: &[u8], table: &[u8]) -> io::Result<()> {
+        let outer = self.table("maglev");
+        if let Some(id) = outer.get(base)?.and_then(|id| from_bytes::<u32>(&id))
+            && let Ok(inner) = sys::map_by_id(id)
+        {
+            return sys::update(inner.as_fd(), &[0; 4], table);
+        }
+        let inner = sys::create_array("MAGLEV.inner", MAGLEV_BYTES as u32)?;
+        sys::update(inner.as_fd(), &[0; 4], table)?;
+        outer.put(base, &inner.as_raw_fd().to_ne_bytes())
+    }
+
+    /// Writes a run of steps of one kind; says how many were done when it stops.
+    fn apply_run(&self, ops: &[Op]) -> Result<(), Stopped> {
+        let table = self.table(table_of(&ops[0]));
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (done, op) in ops.iter().enumerate() {
+            let stopped = |error| Stopped { done, error };
+            match op {
+                Op::Backend(id, backend) => {
+                    keys.extend_from_slice(bytes_of(id));
+                    values.extend_from_slice(bytes_of(backend));
+                }
+                Op::Slot(slot, id) => {
+                    keys.extend_from_slice(bytes_of(slot));
+                    values.extend_from_slice(bytes_of(id));
+                }
+                Op::PutFrontend(key, value) => {
+                    keys.extend_from_slice(bytes_of(key));
+                    values.extend_from_slice(bytes_of(value));
+                }
+                Op::DeleteFrontend(key) => keys.extend_from_slice(bytes_of(key)),
+                Op::DeleteMaglev(base) => keys.extend_from_slice(bytes_of(base)),
+                Op::PutMaglev(base, ids) => {
+                    self.put_maglev(bytes_of(base), &maglev_bytes(ids).map_err(stopped)?).map_err(stopped)?;
+                }
+            }
+        }
+        match &ops[0] {
+            Op::DeleteFrontend(_) | Op::DeleteMaglev(_) => table.remove_all(&keys).map(drop),
+            Op::PutMaglev(..) => Ok(()),
+            _ => table.put_all(&keys, &values),
+        }
+    }
+}
+
+/// A table as the kernel stores it: padded with zeros.
+pub(crate) fn maglev_bytes(ids: &[BackendId]) -> io::Result<Vec<u8>> {
+    if ids.len() != MAGLEV_TABLE_SIZE as usize {
+        let text = format!("a table has {MAGLEV_TABLE_SIZE} entries, not {}", ids.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    let mut bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
+    bytes.resize(MAGLEV_BYTES, 0);
+    Ok(bytes)
+}
+
+/// The ids of a stored table.
+pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
+    bytes.chunks_exact(4).filter_map(from_bytes).take(MAGLEV_TABLE_SIZE as usize).collect()
+}
+
+/// Whether a flow is connectionless and goes to, or comes from, one of these backends.
+pub(crate) fn flow_to(key: &FlowKey, value: &FlowValue, backends: &[(Addr, Be16, u8)]) -> bool {
+    let end = if value.flags & FLOW_REPLY != 0 { (key.src, key.sport) } else { (value.dst, value.dport) };
+    key.proto == proto::UDP && backends.contains(&(end.0, end.1, key.proto))
+}
+
+impl MapStore for KernelMaps {
+    fn read(&self) -> Result<Actual, MapError> {
+        let mut slots: Vec<(u32, BackendId)> = self.scan("slots")?;
+        slots.retain(|(_, id)| *id != 0);
+        let mut backends: Vec<(BackendId, Backend)> = self.scan("backends")?;
+        backends.retain(|(_, backend)| *backend != Backend::default());
+        let tables = self.maglev()?;
+        let maglev = tables.iter().filter_map(|(base, ids)| Some((from_bytes(base)?, maglev_ids(ids)))).collect();
+        Ok(Actual { frontends: self.scan::<FrontendKey, FrontendValue>("frontends")?, slots, backends, maglev })
+    }
+
+    fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
+        let mut start = 0;
+        for run in ops.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+            self.apply_run(run).map_err(|stopped| {
+                let op = &run[stopped.done.min(run.len() - 1)];
+                let source = self.failed(table_of(op), "write to")(stopped.error);
+                ApplyError { index: start + stopped.done, op: describe(op), source }
+            })?;
+            start += run.len();
+        }
+        Ok(())
+    }
+
+    fn read_l2(&self) -> Result<Vec<(L2Key, L2Value)>, MapError> {
+        self.scan("l2")
+    }
+
+    fn put_l2(&self, key: L2Key) -> Result<(), MapError> {
+        let there = self.table("l2").get(bytes_of(&key)).map_err(self.failed("l2", "read"))?;
+        if there.is_some() { Ok(()) } else { self.put("l2", &key, &L2Value::default()) }
+    }
+
+    fn delete_l2(&self, key: &L2Key) -> Result<(), MapError> {
+        self.remove("l2", key)
+    }
+
+    fn settings(&self) -> Result<Settings, MapError> {
+        let bytes = self.table("settings").get(&[0; 4]).map_err(self.failed("settings", "read"))?;
+        Ok(bytes.and_then(|bytes| from_bytes(&bytes)).unwrap_or_default())
+    }
+
+    fn write_settings(&self, settings: &Settings) -> Result<(), MapError> {
+        self.put("settings", &0u32, settings)
+    }
+
+    fn read_devices(&self) -> Result<Vec<(u32, DeviceValue)>, MapError> {
+        self.scan("devices")
+    }
+
+    fn put_device(&self, ifindex: u32, device: &DeviceValue) -> Result<(), MapError> {
+        self.put("devices", &ifindex, device)
+    }
+
+    fn delete_device(&self, ifindex: u32) -> Result<(), MapError> {
+        self.remove("devices", &ifindex)
+    }
+
+    fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError> {
+        let mut found = Vec::new();
+        let table = self.table("drops");
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for reason in DropReason::ALL {
+                let slot = drop_slot(*reason as u8, direction);
+                let value = table.get(bytes_of(&slot)).map_err(self.failed("drops", "read"))?;
+                let counter = value.map(|value| dump::sum(&value)).unwrap_or_default();
+                if counter.packets > 0 {
+                    found.push((*reason, direction, counter));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError> {
+        let read = |direction| {
+            let slot = drop_slot(0, direction);
+            let value = self.table("drops").get(bytes_of(&slot)).map_err(self.failed("drops", "read"))?;
+            Ok((direction, value.map(|value| dump::sum(&value)).unwrap_or_default()))
+        };
+        Ok([read(Direction::Ingress)?, read(Direction::Egress)?])
+    }
+
+    fn remove_flows_to(&self, backends: &[(Addr, Be16, u8)]) -> Result<usize, MapError> {
+        if !backends.iter().any(|(_, _, protocol)| *protocol == proto::UDP) {
+            return Ok(0);
+        }
+        let mut keys = Vec::new();
+        let table = self.table("flows");
+        table
+            .scan(|key, value| {
+                let matches = from_bytes::<FlowKey>(key)
+                    .zip(from_bytes::<FlowValue>(value))
+                    .is_some_and(|(key, value)| flow_to(&key, &value, backends));
+                if matches {
+                    keys.extend_from_slice(key);
+                }
+            })
+            .map_err(self.failed("flows", "read"))?;
+        table.remove_all(&keys).map_err(|stopped| self.failed("flows", "delete from")(stopped.error))
+    }
+
+    fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError> {
+        let name = table_name(table)?;
+        let entries = self.raw_entries(name)?;
+        Ok(entries.iter().filter_map(|(key, value)| dump::element(name, key, value)).collect())
+    }
+
+    fn usage(&self) -> Vec<TableUsage> {
+        TABLES
+            .into_iter()
+            .map(|name| {
+                let table = self.table(name);
+                let mut entries = Some(0);
+                let counted = match name {
+                    "frontends" | "maglev" | "l2" | "devices" => {
+                        table.scan(|_, _| entries = entries.map(|n| n + 1))
+                    }
+                    "slots" | "backends" => table.scan(|_, value| {
+                        let used = value.iter().any(|byte| *byte != 0);
+                        entries = entries.map(|n| n + u64::from(used));
+                    }),
+                    _ => Err(io::Error::from(io::ErrorKind::Unsupported)),
+                };
+                let entries = counted.ok().and(entries);
+                TableUsage { name, entries, max_entries: table.entries, bytes: memlock(table.fd()) }
+            })
+            .collect()
+    }
+
+    fn raw_entries(&self, table: &str) -> Result<Vec<RawEntry>, TableError> {
+        let name = table_name(table)?;
+        if name == "maglev" {
+            return Ok(self.maglev()?);
+        }
+        let mut all = Vec::new();
+        self.table(name).scan(|key, value| all.push((key.to_vec(), value.to_vec()))).map_err(self.failed(name, "read"))?;
+        Ok(all)
+    }
+
+    fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError> {
+        let name = table_name(table)?;
+        let result = if name == "maglev" {
+            let fits = value.len() == MAGLEV_BYTES;
+            if fits { self.put_maglev(key, value) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+        } else {
+            self.table(name).put(key, value)
+        };
+        Ok(result.map_err(self.failed(name, "write to"))?)
+    }
+
+    fn raw_delete(&self, table: &str, key: &[u8]) -> Result<bool, TableError> {
+        let name = table_name(table)?;
+        let table = self.table(name);
+        let result = match name {
+            "slots" | "backends" | "settings" | "drops" => table.put(key, &vec![0; table.value]).map(|()| true),
+            _ => table.remove(key),
+        };
+        Ok(result.map_err(self.failed(name, "delete from"))?)
+    }
+}
+
+/// Bytes that the kernel charges for a map.
+fn memlock(fd: BorrowedFd<'_>) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("memlock:"));
+    line.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or(0)
+}

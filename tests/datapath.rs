@@ -1,0 +1,21 @@
+//! The data path in the kernel: packet bytes in, verdict and bytes out, through the real verifier; hooks, pins and
+//! sockets for real. Each test has network and mount namespaces of its own, which vanish with its thread. Needs root.
+
+#[path = "datapath/arp.rs"]
+mod arp;
+#[path = "datapath/flows.rs"]
+mod flows;
+#[path = "datapath/hooks.rs"]
+mod hooks;
+#[path = "datapath/maps.rs"]
+mod maps;
+#[path = "datapath/packets.rs"]
+mod packets;
+#[path = "datapath/refusals.rs"]
+mod refusals;
+#[path = "datapath/rig.rs"]
+mod rig;
+#[path = "datapath/services.rs"]
+mod services;
+#[path = "datapath/sockets.rs"]
+mod sockets;
