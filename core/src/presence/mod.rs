@@ -38,7 +38,7 @@ pub fn lease_name(node: &str) -> String {
 pub struct Members {
     /// By node name. Includes this node as others see it, if they do.
     pub records: BTreeMap<SmolStr, Arc<Record>>,
-    /// This node's own Lease is being renewed: others see it as alive. False before its first renewal.
+    /// This node's own Lease is being renewed, as far as can be told: others see it as alive. False before it is written.
     pub self_seen: bool,
 }
 
@@ -73,9 +73,10 @@ impl Peer {
 
 /// Watches everybody's Lease.
 ///
-/// This node's own Lease is the canary: when its renewals do not come back, the way to the API is broken, and silence of
-/// others says nothing about them. Then nobody is declared dead until renewals are seen again, and everybody gets a whole
-/// duration from there (R08).
+/// Leases vouch for each other: that one of them does not change says something about its node only if another one (this
+/// node's own, say) was seen to change meanwhile. Otherwise the way to the API is broken, and nobody is declared dead;
+/// when changes are seen again, everybody gets a whole duration from there (R08). For this to work, agents renew at least
+/// three times per duration.
 #[derive(Clone, Debug)]
 pub struct Tracker {
     me: SmolStr,
@@ -103,39 +104,37 @@ impl Tracker {
         if name.strip_prefix(LEASE_PREFIX) != Some(record.node.as_str()) {
             return Err(RecordError::Foreign { lease: name, node: record.node.clone() });
         }
-        let was_blind = self.is_blind(now);
         let pulse = (spec.holder_identity.clone(), spec.acquire_time.clone(), spec.renew_time.clone());
         let seconds = spec.lease_duration_seconds.map(|s| Duration::from_secs(s.into()));
         let duration = seconds.unwrap_or(DEFAULT_DURATION).clamp(Duration::from_secs(1), MAX_DURATION);
         let node = record.node.clone();
-        let is_me = node == self.me;
-        let (change, stirred) = match self.peers.get_mut(&name) {
+        if self.peers.get(&name).is_none_or(|peer| peer.pulse != pulse) {
+            self.forgive_after_silence(now);
+        }
+        let change = match self.peers.get_mut(&name) {
             None => {
                 let peer = Peer { node: node.clone(), record, pulse, duration, changed_at: now, alive: true };
                 self.peers.insert(name, peer);
-                (Some(Change::Joined(node)), true)
+                Some(Change::Joined(node))
             }
             Some(peer) => {
-                let stirred = peer.pulse != pulse;
                 let differs = peer.record != record;
                 let was_alive = peer.alive;
                 peer.duration = duration;
-                peer.record = record;
+                if differs {
+                    peer.record = record;
+                }
                 peer.node = node.clone();
-                if stirred {
+                if peer.pulse != pulse {
                     (peer.pulse, peer.changed_at, peer.alive) = (pulse, now, true);
                 }
-                let change = match (was_alive, peer.alive) {
+                match (was_alive, peer.alive) {
                     (false, true) => Some(Change::Joined(node)),
                     (true, _) if differs => Some(Change::Changed(node)),
                     _ => None,
-                };
-                (change, stirred)
+                }
             }
         };
-        if is_me && stirred && was_blind {
-            self.forgive(now);
-        }
         Ok(change.into_iter().collect())
     }
 
@@ -145,27 +144,32 @@ impl Tracker {
         left.map(|peer| Change::Left(peer.node)).into_iter().collect()
     }
 
-    /// Declares those dead whose Lease has not changed for its duration. Safe to call at any time.
+    /// Declares those dead whose Lease has not changed for its duration. Call it after each observation, and at
+    /// [`Tracker::next_deadline`].
     pub fn expire(&mut self, now: Instant) -> Vec<Change> {
-        if self.is_blind(now) {
-            return Vec::new();
-        }
+        let dead =
+            self.peers.iter().filter(|(_, peer)| peer.alive && peer.node != self.me && self.is_silent(peer, now));
+        let dead: Vec<SmolStr> = dead.map(|(name, _)| name.clone()).collect();
         let mut changes = Vec::new();
-        for peer in self.peers.values_mut() {
-            if peer.alive && peer.node != self.me && now >= peer.deadline() {
+        for peer in dead.iter().filter_map(|name| self.peers.get(name)) {
+            changes.push(Change::Left(peer.node.clone()));
+        }
+        for name in &dead {
+            if let Some(peer) = self.peers.get_mut(name) {
                 peer.alive = false;
-                changes.push(Change::Left(peer.node.clone()));
             }
         }
         changes
     }
 
-    /// When [`Tracker::expire`] will have something to say or [`Members::self_seen`] will change, if no Lease does.
+    /// When [`Tracker::expire`] may have something to say or [`Members::self_seen`] may change, if no Lease does.
     pub fn next_deadline(&self, now: Instant) -> Option<Instant> {
-        if self.is_blind(now) {
-            return None;
-        }
-        self.peers.values().filter(|peer| peer.alive).map(Peer::deadline).min()
+        let due = |peer: &Peer| match peer.deadline() {
+            deadline if deadline > now => Some(deadline),
+            // Those whose silence nobody vouches for wait for the next observation.
+            _ => (peer.node != self.me && self.is_silent(peer, now)).then_some(now),
+        };
+        self.peers.values().filter(|peer| peer.alive).filter_map(due).min()
     }
 
     /// Those who are there. Does not expire anybody.
@@ -173,7 +177,7 @@ impl Tracker {
         let alive = self.peers.values().filter(|peer| peer.alive);
         Members {
             records: alive.map(|peer| (peer.node.clone(), Arc::clone(&peer.record))).collect(),
-            self_seen: self.mine().is_some_and(|peer| now < peer.deadline()),
+            self_seen: self.mine().is_some_and(|peer| !self.is_silent(peer, now)),
         }
     }
 
@@ -181,16 +185,26 @@ impl Tracker {
         self.peers.values().find(|peer| peer.node == self.me)
     }
 
-    /// Own renewals have been seen, and are no longer.
-    fn is_blind(&self, now: Instant) -> bool {
-        self.mine().is_some_and(|peer| now >= peer.deadline())
+    /// The Lease has not changed for its duration, although it would have been seen.
+    fn is_silent(&self, peer: &Peer, now: Instant) -> bool {
+        if now < peer.deadline() {
+            return false;
+        }
+        // A live node would have renewed by the middle of the duration: who was heard after that vouches for the way.
+        let middle = peer.changed_at + peer.duration / 2;
+        let vouched = self.peers.values().any(|other| other.node != peer.node && other.changed_at >= middle);
+        // Without a Lease of our own there may be nobody to vouch.
+        vouched || self.mine().is_none()
     }
 
-    fn forgive(&mut self, now: Instant) {
-        for peer in self.peers.values_mut() {
-            if peer.alive {
-                peer.changed_at = now;
-            }
+    fn forgive_after_silence(&mut self, now: Instant) {
+        let Some(mine) = self.mine() else { return };
+        let last = self.peers.values().map(|peer| peer.changed_at).max();
+        if last.is_none_or(|last| now < last + mine.duration / 2) {
+            return;
+        }
+        for peer in self.peers.values_mut().filter(|peer| peer.alive) {
+            peer.changed_at = now;
         }
     }
 }

@@ -122,20 +122,62 @@ fn a_new_record_is_a_change_and_an_emptied_lease_a_farewell() {
 fn r08_silence_during_an_api_outage_kills_nobody() {
     let start = Instant::now();
     let mut tracker = Tracker::new("me");
-    tracker.observe(&lease(&record("me"), "1"), start).unwrap();
+    // Not all at once: who renewed first would be the first to be given up.
     tracker.observe(&lease(&record("a"), "1"), start).unwrap();
-    assert!(tracker.alive(start).self_seen);
+    tracker.observe(&lease(&record("b"), "1"), after(start, 2)).unwrap();
+    tracker.observe(&lease(&record("me"), "1"), after(start, 3)).unwrap();
     // Nothing is heard of for half an hour, not even our own renewals.
+    for seconds in [10, 12, 13, 20, 1800] {
+        let late = after(start, seconds);
+        assert_eq!(tracker.expire(late), [], "after {seconds} s");
+        assert!(tracker.alive(late).self_seen);
+    }
     let late = after(start, 1800);
-    assert_eq!((tracker.expire(late), tracker.next_deadline(late)), (vec![], None));
-    assert_eq!(nodes(&tracker, late), ["a", "me"]);
-    assert!(!tracker.alive(late).self_seen);
-    // The API is back: our own renewal comes first, and the others get a whole duration from here.
+    assert_eq!(tracker.next_deadline(late), None);
+    assert_eq!(nodes(&tracker, late), ["a", "b", "me"]);
+    // The API is back: whoever is heard first, the others get a whole duration from here.
     tracker.observe(&lease(&record("me"), "2"), late).unwrap();
-    assert_eq!(tracker.expire(after(late, 9)), []);
-    tracker.observe(&lease(&record("me"), "3"), after(late, 9)).unwrap();
+    for seconds in [3, 6, 9] {
+        assert_eq!(tracker.expire(after(late, seconds)), []);
+        let renewed = seconds.to_string();
+        tracker.observe(&lease(&record("me"), &renewed), after(late, seconds)).unwrap();
+        tracker.observe(&lease(&record("b"), &renewed), after(late, seconds)).unwrap();
+    }
     assert_eq!(tracker.expire(after(late, 10)), [Change::Left("a".into())], "a died during the outage");
-    assert_eq!(nodes(&tracker, after(late, 10)), ["me"]);
+    assert_eq!(nodes(&tracker, after(late, 10)), ["b", "me"]);
+}
+
+#[test]
+fn a_node_whose_own_renewals_fail_while_others_succeed_knows_that_it_is_not_seen() {
+    let start = Instant::now();
+    let mut tracker = Tracker::new("me");
+    assert!(!tracker.alive(start).self_seen, "nothing written yet");
+    tracker.observe(&lease(&record("me"), "1"), start).unwrap();
+    for seconds in (0..30).step_by(3) {
+        let now = after(start, seconds);
+        tracker.observe(&lease(&record("a"), &seconds.to_string()), now).unwrap();
+        assert_eq!(tracker.expire(now), []);
+        assert_eq!(tracker.alive(now).self_seen, seconds < 10, "after {seconds} s");
+    }
+    // Others still die.
+    assert_eq!(nodes(&tracker, after(start, 30)), ["a", "me"]);
+    tracker.observe(&lease(&record("me"), "2"), after(start, 31)).unwrap();
+    assert!(tracker.alive(after(start, 31)).self_seen);
+}
+
+#[test]
+fn the_next_deadline_is_never_in_the_past_for_long() {
+    let start = Instant::now();
+    let mut tracker = Tracker::new("me");
+    tracker.observe(&lease(&record("me"), "1"), start).unwrap();
+    tracker.observe(&lease(&record("a"), "1"), after(start, 1)).unwrap();
+    tracker.observe(&lease(&record("me"), "2"), after(start, 5)).unwrap();
+    tracker.observe(&lease(&record("me"), "3"), after(start, 9)).unwrap();
+    assert_eq!(tracker.next_deadline(after(start, 9)), Some(after(start, 11)));
+    assert_eq!(tracker.next_deadline(after(start, 12)), Some(after(start, 12)), "due");
+    assert_eq!(tracker.expire(after(start, 12)), [Change::Left("a".into())]);
+    assert_eq!(tracker.next_deadline(after(start, 12)), Some(after(start, 19)));
+    assert_eq!(tracker.next_deadline(after(start, 20)), None);
 }
 
 mod election_tests {

@@ -1,0 +1,254 @@
+//! Several nodes with a machine each, exchanging records, against what must always hold.
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::tests::{device, members, policy, record, service};
+use super::*;
+
+/// The nodes and what they have told each other.
+struct Cluster {
+    nodes: BTreeMap<String, (Ownership, Record)>,
+    now: Instant,
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Join(u8),
+    /// Dies without a word.
+    Crash(u8),
+    Drain(u8),
+    Link {
+        node: u8,
+        up: bool,
+    },
+    Place(u8, BTreeSet<u8>),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let node = || 0..5u8;
+    prop_oneof![
+        4 => node().prop_map(Act::Join),
+        3 => node().prop_map(Act::Crash),
+        1 => node().prop_map(Act::Drain),
+        2 => (node(), any::<bool>()).prop_map(|(node, up)| Act::Link { node, up }),
+        2 => (0..4u8, prop::collection::btree_set(node(), 0..3)).prop_map(|(s, nodes)| Act::Place(s, nodes)),
+    ]
+}
+
+/// Twelve addresses; those of the last Services are served only where their pods are.
+fn services() -> Vec<Arc<Service>> {
+    let mut services = Vec::new();
+    for n in 0..12 {
+        let mut object = Service::clone(&service(&format!("s{n}"), &[&format!("10.0.0.{n}")]));
+        if n < 4 {
+            object.spec.external_traffic_policy = crate::objects::TrafficPolicy::Local;
+        }
+        services.push(Arc::new(object));
+    }
+    // Shares the address of one of each sort.
+    services.push(service("t1", &["10.0.0.1", "10.0.0.5"]));
+    services
+}
+
+fn name(n: u8) -> String {
+    format!("node-{n}")
+}
+
+impl Cluster {
+    fn new() -> Self {
+        Self { nodes: BTreeMap::new(), now: Instant::now() }
+    }
+
+    fn step(&mut self, node: &str, input: Input) -> Vec<Effect> {
+        let now = self.now;
+        self.nodes.get_mut(node).map(|(machine, _)| machine.step(input, now)).unwrap_or_default()
+    }
+
+    fn join(&mut self, n: u8, placements: &BTreeMap<u8, BTreeSet<u8>>) {
+        let node = name(n);
+        if self.nodes.contains_key(&node) {
+            return;
+        }
+        self.nodes.insert(node.clone(), (Ownership::new(node.as_str()), record(&node, &[])));
+        self.step(&node, Input::Devices(vec![device("eth0", 2)]));
+        self.step(&node, Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))));
+        for service in services() {
+            self.step(&node, Input::ServiceUpserted(service));
+        }
+        for (service, nodes) in placements {
+            self.step(&node, placed(*service, nodes));
+        }
+        let members = self.members();
+        self.step(&node, Input::Members(members));
+        self.step(&node, Input::Synced);
+    }
+
+    fn members(&self) -> Members {
+        members(self.nodes.values().map(|(_, record)| record.clone()))
+    }
+
+    /// Everybody publishes and reads, until nobody has anything new to say.
+    fn exchange(&mut self) -> Result<(), TestCaseError> {
+        for _ in 0..10 {
+            let mut quiet = true;
+            for (machine, record) in self.nodes.values_mut() {
+                let claims = machine.claims();
+                quiet &= record.claims == claims;
+                record.claims = claims;
+            }
+            let members = self.members();
+            for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+                quiet &= self.step(&node, Input::Members(members.clone())).is_empty();
+            }
+            if quiet {
+                return Ok(());
+            }
+        }
+        Err(TestCaseError::fail("the nodes never come to rest"))
+    }
+
+    /// Who answers for each address.
+    fn answering(&self) -> BTreeMap<IpAddr, Vec<String>> {
+        let mut all: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+        for (node, (machine, _)) in &self.nodes {
+            for addr in machine.claims() {
+                all.entry(addr).or_default().push(node.clone());
+            }
+        }
+        all
+    }
+}
+
+fn placed(service: u8, nodes: &BTreeSet<u8>) -> Input {
+    let nodes = nodes.iter().map(|n| name(*n).into()).collect();
+    let service = ObjectKey::new("default", format!("s{service}"));
+    Input::Placed { service, placement: Placement { nodes, anywhere: false } }
+}
+
+fn perform(cluster: &mut Cluster, act: &Act, placements: &mut BTreeMap<u8, BTreeSet<u8>>) {
+    match act {
+        Act::Join(n) => cluster.join(*n, placements),
+        Act::Crash(n) => drop(cluster.nodes.remove(&name(*n))),
+        Act::Drain(n) => {
+            cluster.step(&name(*n), Input::Draining(true));
+            if let Some((_, record)) = cluster.nodes.get_mut(&name(*n)) {
+                record.draining = true;
+            }
+        }
+        Act::Link { node, up } => {
+            let link = Device { running: *up, ..device("eth0", 2) };
+            cluster.step(&name(*node), Input::Devices(vec![link]));
+            if let Some((_, record)) = cluster.nodes.get_mut(&name(*node)) {
+                record.devices = up.then(|| "eth0".into()).into_iter().collect();
+            }
+        }
+        Act::Place(service, nodes) => {
+            placements.insert(*service, nodes.clone());
+            for node in cluster.nodes.keys().cloned().collect::<Vec<_>>() {
+                cluster.step(&node, placed(*service, nodes));
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn r06_every_address_has_exactly_one_owner_and_all_nodes_agree(
+        acts in prop::collection::vec(act(), 1..25),
+    ) {
+        let mut cluster = Cluster::new();
+        let mut placements = BTreeMap::new();
+        for act in &acts {
+            perform(&mut cluster, act, &mut placements);
+            cluster.exchange()?;
+            let answering = cluster.answering();
+            for (addr, nodes) in &answering {
+                prop_assert_eq!(nodes.len(), 1, "{} is answered by {:?}", addr, nodes);
+            }
+            for (machine, _) in cluster.nodes.values() {
+                for vip in machine.views() {
+                    let owner = vip.view.owner.map(|owner| owner.to_string());
+                    let answers = answering.get(&vip.view.address).map(|nodes| nodes[0].clone());
+                    prop_assert_eq!(owner, answers, "{}", vip.view.address);
+                }
+            }
+            // Whoever can carry frames serves at least what is not bound to pods.
+            let live = cluster.nodes.values().any(|(_, record)| !record.devices.is_empty());
+            prop_assert!(!live || answering.len() >= 8, "{:?}", answering);
+        }
+    }
+
+    #[test]
+    fn only_the_addresses_of_those_who_leave_move(
+        before in prop::collection::btree_set(0..5u8, 2..5), leaver in 0..5u8, newcomer in 0..5u8,
+    ) {
+        let mut cluster = Cluster::new();
+        for n in &before {
+            cluster.join(*n, &BTreeMap::new());
+            cluster.exchange()?;
+        }
+        let first = cluster.answering();
+        cluster.join(newcomer, &BTreeMap::new());
+        cluster.exchange()?;
+        prop_assert_eq!(&cluster.answering(), &first, "somebody coming moves nothing");
+        cluster.nodes.remove(&name(leaver));
+        cluster.exchange()?;
+        let last = cluster.answering();
+        for (addr, nodes) in &first {
+            if nodes[0] != name(leaver) {
+                prop_assert_eq!(&last[addr], nodes);
+            }
+        }
+        prop_assert!(cluster.nodes.is_empty() || last.len() == first.len());
+    }
+
+    #[test]
+    fn nodes_that_claim_the_same_settle_it_at_once(claims in prop::collection::vec(0..4096u16, 5)) {
+        // As after a partition has healed: any set of nodes claims any set of addresses.
+        let mut cluster = Cluster::new();
+        for (n, bits) in claims.iter().enumerate() {
+            cluster.join(n as u8, &BTreeMap::new());
+            let restored = (0..12u8).filter(|i| bits & (1 << i) != 0).map(|i| IpAddr::V4([10, 0, 0, i].into()));
+            let node = name(n as u8);
+            let mut alone = Ownership::new(node.as_str());
+            let now = cluster.now;
+            alone.step(Input::Devices(vec![device("eth0", 2)]), now);
+            alone.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))), now);
+            for service in services() {
+                let mine = service.ingress_addresses().all(|ip| restored.clone().any(|r| r == ip));
+                if mine {
+                    alone.step(Input::ServiceUpserted(service), now);
+                }
+            }
+            alone.step(Input::Members(members([])), now);
+            alone.step(Input::Synced, now);
+            for service in services() {
+                alone.step(Input::ServiceUpserted(service), now);
+            }
+            cluster.nodes.insert(node.clone(), (alone, record(&node, &[])));
+        }
+        cluster.exchange()?;
+        prop_assert!(cluster.answering().values().all(|nodes| nodes.len() == 1));
+    }
+
+    #[test]
+    fn the_order_of_candidates_does_not_matter(
+        candidates in prop::collection::vec((0..6u8, 1..3usize, any::<bool>(), any::<bool>()), 1..6),
+        addr in any::<u32>(),
+        seed in any::<usize>(),
+    ) {
+        let mut candidates: Vec<Candidate> = candidates
+            .into_iter()
+            .map(|(n, serves, draining, claims)| Candidate { node: name(n).into(), serves, draining, claims })
+            .collect();
+        let addr = IpAddr::V4(addr.into());
+        let first = owner(addr, &candidates).cloned();
+        let middle = seed % candidates.len();
+        candidates.rotate_left(middle);
+        candidates.reverse();
+        prop_assert_eq!(owner(addr, &candidates).cloned(), first);
+    }
+}
