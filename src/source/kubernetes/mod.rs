@@ -7,7 +7,7 @@
 mod limit;
 mod servers;
 #[cfg(test)]
-mod testing;
+pub(in crate::source) mod testing;
 #[cfg(test)]
 mod tests;
 mod watch;

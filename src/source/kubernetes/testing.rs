@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 /// How the server treats `sendInitialEvents`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum StreamingLists {
+pub(in crate::source) enum StreamingLists {
     Served,
     /// As with the feature gate off.
     Refused,
@@ -26,28 +26,28 @@ pub(super) enum StreamingLists {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) method: Method,
-    pub(super) path: String,
-    pub(super) query: BTreeMap<String, String>,
-    pub(super) content_type: String,
-    pub(super) body: Value,
+pub(in crate::source) struct Seen {
+    pub(in crate::source) method: Method,
+    pub(in crate::source) path: String,
+    pub(in crate::source) query: BTreeMap<String, String>,
+    pub(in crate::source) content_type: String,
+    pub(in crate::source) body: Value,
 }
 
-pub(super) struct World {
+pub(in crate::source) struct World {
     version: u64,
     objects: BTreeMap<String, Value>,
     log: Vec<(u64, String, Value)>,
     /// Watches from before this version are told 410.
-    pub(super) compacted: u64,
-    pub(super) streaming: StreamingLists,
+    pub(in crate::source) compacted: u64,
+    pub(in crate::source) streaming: StreamingLists,
     /// Collections that are not served.
-    pub(super) missing: BTreeSet<String>,
+    pub(in crate::source) missing: BTreeSet<String>,
     /// Answers every so many-th request with this status; 0 for none.
-    pub(super) fail_every: (u64, u16),
-    pub(super) latency: Duration,
+    pub(in crate::source) fail_every: (u64, u16),
+    pub(in crate::source) latency: Duration,
     requests: u64,
-    pub(super) seen: Vec<Seen>,
+    pub(in crate::source) seen: Vec<Seen>,
     /// Watches end when this changes.
     epoch: u64,
 }
@@ -55,8 +55,8 @@ pub(super) struct World {
 type Shared = (Arc<Mutex<World>>, watch::Sender<u64>);
 
 /// The server; stops when dropped, its world can be served again.
-pub(super) struct Api {
-    pub(super) url: String,
+pub(in crate::source) struct Api {
+    pub(in crate::source) url: String,
     shared: Shared,
     server: tokio::task::JoinHandle<()>,
     stop: watch::Sender<bool>,
@@ -70,7 +70,7 @@ impl Drop for Api {
 }
 
 impl Api {
-    pub(super) async fn start() -> Self {
+    pub(in crate::source) async fn start() -> Self {
         let world = World {
             version: 100,
             objects: BTreeMap::new(),
@@ -88,7 +88,7 @@ impl Api {
     }
 
     /// Stops answering: connections are cut, new ones refused.
-    pub(super) async fn stop(self) -> (String, Shared) {
+    pub(in crate::source) async fn stop(self) -> (String, Shared) {
         self.stop.send_replace(true);
         self.server.abort();
         while !self.server.is_finished() {
@@ -97,7 +97,7 @@ impl Api {
         (self.url.trim_start_matches("http://").to_owned(), self.shared.clone())
     }
 
-    pub(super) async fn serve(address: &str, shared: Shared) -> Self {
+    pub(in crate::source) async fn serve(address: &str, shared: Shared) -> Self {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_reuseaddr(true).unwrap();
         socket.bind(address.parse().unwrap()).unwrap();
@@ -122,27 +122,27 @@ impl Api {
         Self { url, shared, server, stop }
     }
 
-    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+    pub(in crate::source) fn world(&self) -> MutexGuard<'_, World> {
         self.shared.0.lock().unwrap()
     }
 
     /// Creates or changes an object; `collection` is its API path without namespace.
-    pub(super) fn put(&self, collection: &str, namespace: &str, name: &str, rest: Value) {
+    pub(in crate::source) fn put(&self, collection: &str, namespace: &str, name: &str, rest: Value) {
         self.world().put(collection, namespace, name, rest);
         self.wake();
     }
 
-    pub(super) fn delete(&self, collection: &str, namespace: &str, name: &str) {
+    pub(in crate::source) fn delete(&self, collection: &str, namespace: &str, name: &str) {
         self.world().delete(&id(collection, namespace, name)).unwrap();
         self.wake();
     }
 
-    pub(super) fn get(&self, collection: &str, namespace: &str, name: &str) -> Value {
+    pub(in crate::source) fn get(&self, collection: &str, namespace: &str, name: &str) -> Value {
         self.world().objects[&id(collection, namespace, name)].clone()
     }
 
     /// Moves the version on and tells the watches of a collection, as servers do now and then.
-    pub(super) fn bookmark(&self, collection: &str) {
+    pub(in crate::source) fn bookmark(&self, collection: &str) {
         let mut world = self.world();
         world.version += 1;
         let version = world.version;
@@ -153,7 +153,7 @@ impl Api {
     }
 
     /// Sends any line on the watches of a collection.
-    pub(super) fn send(&self, collection: &str, line: Value) {
+    pub(in crate::source) fn send(&self, collection: &str, line: Value) {
         let mut world = self.world();
         world.version += 1;
         let version = world.version;
@@ -163,20 +163,20 @@ impl Api {
     }
 
     /// Ends all watches.
-    pub(super) fn cut(&self) {
+    pub(in crate::source) fn cut(&self) {
         self.world().epoch += 1;
         self.wake();
     }
 
     /// Forgets what happened so far.
-    pub(super) fn compact(&self) {
+    pub(in crate::source) fn compact(&self) {
         let mut world = self.world();
         world.version += 1;
         world.compacted = world.version;
         world.log.clear();
     }
 
-    pub(super) fn writes(&self) -> Vec<Seen> {
+    pub(in crate::source) fn writes(&self) -> Vec<Seen> {
         self.world().seen.iter().filter(|seen| seen.method != Method::GET).cloned().collect()
     }
 
