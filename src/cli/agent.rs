@@ -36,8 +36,7 @@ impl clap::Args for KeyFlags {
                 .value_name(key.type_name())
                 .help(help)
                 .help_heading(key.group)
-                .action(ArgAction::Append)
-                .allow_hyphen_values(true);
+                .action(ArgAction::Append);
             if !key.alias.is_empty() {
                 arg = arg.alias(key.alias);
             }
@@ -62,8 +61,14 @@ impl clap::Args for KeyFlags {
 impl FromArgMatches for KeyFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let names = KEYS.iter().map(|key| key.name).chain(WITHOUT_EFFECT.iter().copied());
-        let given =
-            |name: &'static str| Some((name.to_string(), matches.get_many::<String>(name)?.next_back()?.clone()));
+        // A list given in several flags is one list; of anything else the last one counts.
+        let value = |name, mut all: clap::parser::ValuesRef<'_, String>| {
+            if config::keys::find(name).is_some_and(config::KeyDef::is_list) {
+                return Some(all.cloned().collect::<Vec<_>>().join(","));
+            }
+            all.next_back().cloned()
+        };
+        let given = |name: &'static str| Some((name.to_string(), value(name, matches.get_many(name)?)?));
         Ok(Self(names.filter_map(given).collect()))
     }
 

@@ -106,7 +106,7 @@ fn add(written: &mut Written, layer: Vec<(String, Raw)>) {
 /// Reads one file per key. Kubernetes swaps the whole directory behind the link `..data`: the files are read through
 /// one resolution of it, so that all of them are of one generation.
 fn read_dir(dir: &Path, warnings: &mut Vec<String>) -> io::Result<Vec<(String, Raw)>> {
-    for _ in 0..3 {
+    for _ in 0..10 {
         match read_once(dir, warnings) {
             // The generation was removed while we read it: there is a newer one.
             Err(error) if error.kind() == io::ErrorKind::NotFound && dir.exists() => warnings.clear(),

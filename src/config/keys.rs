@@ -46,6 +46,11 @@ impl KeyDef {
         matches!(self.kind, Kind::Bool(_) | Kind::OptionalBool(_))
     }
 
+    /// Whether several values make one.
+    pub fn is_list(&self) -> bool {
+        matches!(self.kind, Kind::Words(_) | Kind::Urls(_) | Kind::Cidrs(_))
+    }
+
     /// The environment variable, with the preferred prefix.
     pub fn env(&self) -> String {
         format!("KINESIN_{}", self.name.to_uppercase().replace('-', "_"))

@@ -93,9 +93,6 @@ fn combinations(config: &Config, warnings: &mut Vec<String>) {
                 .into(),
         );
     }
-    if config.services.kube_proxy_replacement && config.services.socket_lb == Some(false) {
-        warnings.push("bpf-lb-sock=false has no effect with kube-proxy-replacement=true".into());
-    }
     if config.observe.healthz.is_some() && !config.services.kube_proxy_replacement {
         warnings.push(
             "kube-proxy-replacement-healthz-bind-address has no effect without kube-proxy-replacement=true".into(),
