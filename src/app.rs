@@ -113,8 +113,14 @@ fn tree(
     config: ConfigWatcherArgs,
     api: Arc<Answers>,
 ) -> Child {
-    let w = || { let world = world.clone(); move || world.clone() };
-    let ws = || { let (world, source) = (world.clone(), source.clone()); move || (world.clone(), source.clone()) };
+    let w = || {
+        let world = world.clone();
+        move || world.clone()
+    };
+    let ws = || {
+        let (world, source) = (world.clone(), source.clone());
+        move || (world.clone(), source.clone())
+    };
     macro_rules! watcher {
         ($actor:ty, $name:literal, $stream:ident, $table:ident) => {{
             let (world, source) = (world.clone(), source.clone());
@@ -125,34 +131,51 @@ fn tree(
             })
         }};
     }
-    let datapath = Child::supervisor("datapath", REST_FOR_ONE, vec![
-        Child::actor::<Loader>(&Address::new("loader"), w()),
-        Child::actor::<MapWriter>(&Address::new("map_writer"), w()),
-    ]);
-    let cluster = Child::supervisor("cluster", REST_FOR_ONE, vec![
-        watcher!(ServiceWatcher, "service_watcher", services, services),
-        watcher!(EndpointWatcher, "endpoint_watcher", endpoint_slices, slices),
-        Child::actor::<EndpointSyncer>(&Address::new("endpoint_syncer"), w()),
-        Child::actor::<StatusWriter>(&Address::new("status_writer"), ws()),
-    ]);
-    let routing = Child::supervisor("routing", POLICY, vec![
-        watcher!(NodeWatcher, "node_watcher", nodes, nodes),
-        watcher!(PoolWatcher, "pool_watcher", pools, pools),
-        watcher!(PolicyWatcher, "policy_watcher", l2_policies, policies),
-        watcher!(LeaseWatcher, "lease_watcher", leases, leases),
-        Child::actor::<LeaderElector>(&Address::new("leader_elector"), ws()),
-        Child::actor::<LbIpam>(&Address::new("lb_ipam"), ws()),
-        Child::actor::<Membership>(&Address::new("membership"), ws()),
-        Child::actor::<VipOwner>(&vip_owner, w()),
-        Child::actor::<ArpResponder>(&Address::new("arp_responder"), w()),
-    ]);
-    let node = Child::supervisor("node", REST_FOR_ONE, vec![Child::actor::<LinkWatcher>(&Address::new("link_watcher"), w())]);
-    let health = Child::supervisor("health", POLICY, vec![
-        Child::actor::<ConfigWatcher>(&Address::new("config_watcher"), move || config.clone()),
-        Child::actor::<Health>(&Address::new("health_server"), {
-            let world = world.clone();
-            move || (world.clone(), api.clone() as Arc<dyn Api>)
-        }),
-    ]);
+    let datapath = Child::supervisor(
+        "datapath",
+        REST_FOR_ONE,
+        vec![
+            Child::actor::<Loader>(&Address::new("loader"), w()),
+            Child::actor::<MapWriter>(&Address::new("map_writer"), w()),
+        ],
+    );
+    let cluster = Child::supervisor(
+        "cluster",
+        REST_FOR_ONE,
+        vec![
+            watcher!(ServiceWatcher, "service_watcher", services, services),
+            watcher!(EndpointWatcher, "endpoint_watcher", endpoint_slices, slices),
+            Child::actor::<EndpointSyncer>(&Address::new("endpoint_syncer"), w()),
+            Child::actor::<StatusWriter>(&Address::new("status_writer"), ws()),
+        ],
+    );
+    let routing = Child::supervisor(
+        "routing",
+        POLICY,
+        vec![
+            watcher!(NodeWatcher, "node_watcher", nodes, nodes),
+            watcher!(PoolWatcher, "pool_watcher", pools, pools),
+            watcher!(PolicyWatcher, "policy_watcher", l2_policies, policies),
+            watcher!(LeaseWatcher, "lease_watcher", leases, leases),
+            Child::actor::<LeaderElector>(&Address::new("leader_elector"), ws()),
+            Child::actor::<LbIpam>(&Address::new("lb_ipam"), ws()),
+            Child::actor::<Membership>(&Address::new("membership"), ws()),
+            Child::actor::<VipOwner>(&vip_owner, w()),
+            Child::actor::<ArpResponder>(&Address::new("arp_responder"), w()),
+        ],
+    );
+    let node =
+        Child::supervisor("node", REST_FOR_ONE, vec![Child::actor::<LinkWatcher>(&Address::new("link_watcher"), w())]);
+    let health = Child::supervisor(
+        "health",
+        POLICY,
+        vec![
+            Child::actor::<ConfigWatcher>(&Address::new("config_watcher"), move || config.clone()),
+            Child::actor::<Health>(&Address::new("health_server"), {
+                let world = world.clone();
+                move || (world.clone(), api.clone() as Arc<dyn Api>)
+            }),
+        ],
+    );
     Child::supervisor("agent", POLICY, vec![health, node, datapath, cluster, routing])
 }

@@ -13,14 +13,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kinesin_abi::{Addr, L2Key, Settings};
+use kinesin_abi::{Addr, L2Key};
 use metrics::{counter, gauge};
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::datapath::MapStore;
-use crate::level::Follower;
 use crate::clock;
+use crate::datapath::{MapStore, update_settings};
+use crate::level::Follower;
 use crate::net::garp;
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
@@ -61,7 +61,10 @@ impl Actor for ArpResponder {
     type Args = World;
 
     async fn start(world: World, me: Address<ArpResponderMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(ArpResponderMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(ArpResponderMsg::Wake))
+        };
         me.cast(ArpResponderMsg::Beat);
         Ok(Self {
             answered: world.answered.subscribe(wake.clone()),
@@ -99,9 +102,7 @@ impl ArpResponder {
         let config = self.world.config();
         let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2.lease_duration);
         let alive_for = u64::try_from(alive_for.as_nanos()).unwrap_or(u64::MAX);
-        store.update_settings(&mut |settings: &mut Settings| {
-            *settings = Settings { alive_at, alive_for, ..*settings };
-        })?;
+        update_settings(store, |settings| (settings.alive_at, settings.alive_for) = (alive_at, alive_for))?;
         let entries = store.read_l2()?;
         let replies: u64 = entries.iter().map(|(_, value)| value.responses_sent).sum();
         gauge!("kinesin_l2_replies").set(replies as f64);

@@ -134,8 +134,9 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -> NodeContext {
     let config = world.config();
     let labels = node.map(|node| node.metadata.labels.clone()).unwrap_or_default();
-    let node_ips: Vec<_> = node.iter().flat_map(|node| &node.status.addresses).filter_map(|a| a.address.parse().ok()).collect();
-    let selected: Vec<_> = devices.iter().flat_map(|devices| devices.selected()).cloned().collect();
+    let node_ips: Vec<_> =
+        node.iter().flat_map(|node| &node.status.addresses).filter_map(|a| a.address.parse().ok()).collect();
+    let selected: Vec<_> = devices.iter().flat_map(|devices| devices.selected()).collect();
     NodeContext {
         name: world.node.clone(),
         zone: labels.get(ZONE_LABEL).cloned().unwrap_or_default(),

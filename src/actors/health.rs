@@ -7,6 +7,7 @@
 //!
 //! Deliberately absent: the answers. They are the app's, behind [`crate::admin::Api`].
 
+use std::future::{Future, pending};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
-use crate::admin::{self, Api};
+use crate::admin::{self, AdminSocket, Api};
 use crate::config::{Config, ListenAddr};
 use crate::level::Follower;
 use crate::world::World;
@@ -66,7 +67,10 @@ impl Actor for Health {
     type Args = (World, Arc<dyn Api>);
 
     async fn start((world, api): Self::Args, me: Address<HealthMsg>) -> Result<Self, Failure> {
-        let config = world.config.follow({ let me = me.clone(); move || drop(me.cast(HealthMsg::Wake)) });
+        let config = world.config.follow({
+            let me = me.clone();
+            move || drop(me.cast(HealthMsg::Wake))
+        });
         Ok(Self { world, api, me, config, listening: None, servers: Vec::new() })
     }
 
@@ -93,16 +97,18 @@ impl Health {
             return Ok(());
         }
         self.close().await;
-        let admin = admin::bind_socket(&wanted.socket)?;
-        self.serve("admin socket", admin::serve_socket(admin, self.api.clone()));
+        let socket = AdminSocket::bind(&wanted.socket)?;
+        self.serve("admin socket", socket.serve(self.api.clone(), pending()));
         // A port that is taken must not take the socket down with it.
         let mut problems = Vec::new();
         for (what, address) in [("metrics", wanted.metrics), ("kube-proxy healthz", wanted.healthz)] {
             let Some(address) = address else { continue };
-            match tokio::net::TcpListener::bind(&*address.candidates()).await {
-                Ok(listener) if what == "metrics" => self.serve(what, admin::serve_metrics(listener, self.api.clone())),
-                Ok(listener) => self.serve(what, admin::serve_healthz(listener, self.api.clone())),
-                Err(error) => problems.push(format!("{what} on {address}: {error}")),
+            match admin::bind(&address).await {
+                Ok(listener) if what == "metrics" => {
+                    self.serve(what, admin::serve_metrics(listener, self.api.clone(), pending()));
+                }
+                Ok(listener) => self.serve(what, admin::serve_healthz(listener, self.api.clone(), pending())),
+                Err(error) => problems.push(format!("{what}: {error}")),
             }
         }
         self.world.problems.set("listeners", problems);

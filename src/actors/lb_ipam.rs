@@ -7,12 +7,13 @@
 //!
 //! Deliberately absent: writing. An agent that loses its leadership takes its orders back and forgets the rest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kinesin_core::lb_ipam::{Allocator, CLASS_L2, Effect, Input};
-use kinesin_core::objects::{ObjectKey, Pool, Service};
+use kinesin_core::lb_ipam::{Allocator, CLASS_L2, Count, Effect, Input};
+use kinesin_core::objects::{Node, ObjectKey, Pool, Service};
 use metrics::gauge;
 
 use crate::actor::{Actor, Failure};
@@ -54,6 +55,7 @@ pub struct LbIpam {
     leadership: Follower<Leadership>,
     services: Subscription<ObjectKey, Service>,
     pools: Subscription<ObjectKey, Pool>,
+    nodes: Subscription<ObjectKey, Node>,
     config: Follower<Config>,
     duty: Option<Duty>,
     serial: u64,
@@ -72,13 +74,17 @@ impl Actor for LbIpam {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<LbIpamMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(LbIpamMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(LbIpamMsg::Wake))
+        };
         // Serial numbers of an earlier instance must not look like ours.
         let serial = world.orders.rows().iter().map(|(_, order)| order.serial).max().unwrap_or(0);
         Ok(Self {
             leadership: world.leadership.follow(wake.clone()),
             services: world.services.subscribe(wake.clone()),
             pools: world.pools.subscribe(wake.clone()),
+            nodes: world.nodes.subscribe(wake.clone()),
             config: world.config.follow(wake),
             duty: None,
             serial,
@@ -109,7 +115,8 @@ impl LbIpam {
         let restart = self.config.changed().is_some();
         let _ = self.leadership.changed();
         let config = self.world.config();
-        let leading = config.lb_ipam.enabled && self.world.leadership.get().is_some_and(|leadership| leadership.leading);
+        let leading =
+            config.lb_ipam.enabled && self.world.leadership.get().is_some_and(|leadership| leadership.leading);
         match (&self.duty, leading) {
             (None, true) => self.begin(&config),
             (Some(_), false) => self.end(),
@@ -132,6 +139,7 @@ impl LbIpam {
         });
         self.services.mark_all();
         self.pools.mark_all();
+        self.nodes.mark_all();
         if !config.kubernetes.skip_crd_creation {
             self.register();
         }
@@ -158,10 +166,14 @@ impl LbIpam {
 
     fn step(&mut self) {
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
-        let complete = self.world.services.is_complete() && self.world.pools.is_complete();
-        let (pools, services) = (self.pools.take(), self.services.take());
+        let world = &self.world;
+        let complete = world.services.is_complete() && world.pools.is_complete() && world.nodes.is_complete();
+        let (pools, services, nodes) = (self.pools.take(), self.services.take(), self.nodes.take());
         let Some(duty) = &mut self.duty else { return };
         let mut effects = Vec::new();
+        if !nodes.is_empty() {
+            effects.extend(duty.allocator.step(Input::NodeAddresses(node_addresses(world))));
+        }
         for (key, pool) in pools {
             effects.extend(duty.allocator.step(match pool {
                 Some(pool) => Input::PoolUpserted(pool),
@@ -172,7 +184,7 @@ impl LbIpam {
             effects.extend(duty.allocator.step(match service {
                 Some(service) => Input::ServiceUpserted(service),
                 None => {
-                    self.world.orders.remove(&StatusKey::Service(key.clone()));
+                    world.orders.remove(&StatusKey::Service(key.clone()));
                     Input::ServiceRemoved(key)
                 }
             }));
@@ -206,14 +218,18 @@ impl LbIpam {
         let mut counts = BTreeMap::new();
         for pool in &stats.pools {
             let name = pool.name.to_string();
-            gauge!("cilium_operator_lbipam_ips_available", "pool" => name.clone()).set(pool.available as f64);
-            gauge!("cilium_operator_lbipam_ips_used", "pool" => name.clone()).set(pool.used as f64);
-            let text = |n: u128| n.to_string();
-            counts.insert(name, PoolCounts { total: text(pool.total), available: text(pool.available), used: text(pool.used) });
+            gauge!("cilium_operator_lbipam_ips_available", "pool" => name.clone()).set(pool.available.as_f64());
+            gauge!("cilium_operator_lbipam_ips_used", "pool" => name.clone()).set(pool.used.as_f64());
+            let text = |n: Count| n.to_string();
+            counts.insert(
+                name,
+                PoolCounts { total: text(pool.total), available: text(pool.available), used: text(pool.used) },
+            );
         }
-        gauge!("cilium_operator_lbipam_conflicting_pools").set(stats.conflicting as f64);
-        gauge!("cilium_operator_lbipam_services_matching").set(stats.matching as f64);
-        gauge!("cilium_operator_lbipam_services_unsatisfied").set(stats.unsatisfied as f64);
+        gauge!("cilium_operator_lbipam_conflicting_pools")
+            .set(stats.pools.iter().filter(|pool| pool.conflicting).count() as f64);
+        gauge!("cilium_operator_lbipam_services_matching").set(stats.services_matching as f64);
+        gauge!("cilium_operator_lbipam_services_unsatisfied").set(stats.services_unsatisfied as f64);
         self.world.pool_counts.set(counts);
     }
 }
@@ -227,4 +243,11 @@ fn allocator_config(config: &Config) -> kinesin_core::lb_ipam::Config {
         ipv4: config.families.ipv4,
         ipv6: config.families.ipv6,
     }
+}
+
+/// What no Service may be given.
+fn node_addresses(world: &World) -> BTreeSet<IpAddr> {
+    let rows = world.nodes.rows();
+    let addresses = rows.iter().flat_map(|(_, node)| &node.status.addresses);
+    addresses.filter_map(|entry| entry.address.parse().ok()).collect()
 }

@@ -16,9 +16,9 @@ use metrics::gauge;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
+use crate::clock;
 use crate::config::Config;
 use crate::level::Follower;
-use crate::clock;
 use crate::source::{Source, WriteError};
 use crate::table::Subscription;
 use crate::world::{Leadership, World};
@@ -63,7 +63,10 @@ impl Actor for LeaderElector {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<LeaderElectorMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(LeaderElectorMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(LeaderElectorMsg::Wake))
+        };
         Ok(Self {
             leases: world.leases.subscribe(wake.clone()),
             config: world.config.follow(wake),
@@ -154,7 +157,8 @@ fn lease(mut spec: kinesin_core::objects::LeaseSpec, resource_version: Option<sm
     let now = clock::micro_time();
     spec.acquire_time.get_or_insert_with(|| now.clone());
     spec.renew_time = Some(now);
-    let metadata = Meta { name: LEASE.into(), resource_version: resource_version.unwrap_or_default(), ..Meta::default() };
+    let metadata =
+        Meta { name: LEASE.into(), resource_version: resource_version.unwrap_or_default(), ..Meta::default() };
     Lease { metadata, spec }
 }
 

@@ -51,7 +51,10 @@ impl Actor for LinkWatcher {
     type Args = World;
 
     async fn start(world: World, me: Address<LinkWatcherMsg>) -> Result<Self, Failure> {
-        let config = world.config.follow({ let me = me.clone(); move || drop(me.cast(LinkWatcherMsg::Wake)) });
+        let config = world.config.follow({
+            let me = me.clone();
+            move || drop(me.cast(LinkWatcherMsg::Wake))
+        });
         let mut monitor = LinkMonitor::open().await?;
         let pump = tokio::spawn(async move {
             while let Some(links) = monitor.next().await {
@@ -81,7 +84,8 @@ impl LinkWatcher {
         let selected: Vec<_> = devices::select(&self.links, filter).into_iter().map(|device| device.ifindex).collect();
         let before = self.world.devices.get();
         if before.as_ref().is_none_or(|before| before.selected != selected) {
-            let names: Vec<_> = self.links.iter().filter(|d| selected.contains(&d.ifindex)).map(|d| d.name.as_str()).collect();
+            let names: Vec<_> =
+                self.links.iter().filter(|d| selected.contains(&d.ifindex)).map(|d| d.name.as_str()).collect();
             tracing::info!(devices = names.join(" "), "devices selected");
             let none = || vec!["no network device is selected: set `devices` to the LAN's interface".to_owned()];
             self.world.problems.set("devices", if names.is_empty() { none() } else { Vec::new() });

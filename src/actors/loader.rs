@@ -14,14 +14,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_REJECT_NO_BACKEND, Settings};
+use anyhow::Context;
+use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_REJECT_NO_BACKEND};
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
+use kinesin_core::plan::Limits;
+use smol_str::SmolStr;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
 use crate::config::{Config, NoBackend};
-use crate::datapath::{Datapath, HookStatus, LoadOptions, MapSizes, MapStore, cgroup2_root};
+use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
 use crate::level::Follower;
 use crate::world::{Devices, MapsHandle, World};
 
@@ -43,14 +46,28 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 /// The actor.
 pub struct Loader {
     world: World,
-    datapath: Datapath,
-    store: Arc<dyn MapStore>,
-    generation: u64,
+    options: Options,
+    loaded: Loaded,
     devices: Follower<Devices>,
     config: Follower<Config>,
-    socket_hooks: Vec<HookStatus>,
     /// Devices that carry our programs, by index.
-    attached: BTreeMap<u32, String>,
+    attached: BTreeMap<u32, SmolStr>,
+}
+
+/// What a load depends on; a change of it makes maps and programs anew.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Options {
+    bpf_root: PathBuf,
+    sizes: MapSizes,
+    /// Where sockets are translated.
+    cgroup: Option<PathBuf>,
+}
+
+/// What a load makes.
+struct Loaded {
+    generation: u64,
+    datapath: Datapath,
+    store: Arc<dyn MapStore>,
 }
 
 impl Actor for Loader {
@@ -58,25 +75,13 @@ impl Actor for Loader {
     type Args = World;
 
     async fn start(world: World, me: Address<LoaderMsg>) -> Result<Self, Failure> {
-        let config = world.config();
-        let options = LoadOptions { bpf_root: config.paths.bpf_root.clone(), max_entries: sizes(&config) };
-        let cgroup = config.services.socket_lb().then(|| cgroup_root(&config)).flatten();
-        // The verifier takes a good part of a second.
-        let (datapath, socket_hooks) = tokio::task::spawn_blocking(move || {
-            crate::datapath::ensure_bpffs(&options.bpf_root)?;
-            let mut datapath = Datapath::load(&options)?;
-            let socket_hooks = cgroup.map(|root| datapath.attach_cgroup(&root)).unwrap_or_default();
-            anyhow::Ok((datapath, socket_hooks))
-        })
-        .await??;
         let wake = move || drop(me.cast(LoaderMsg::Wake));
+        let options = Options::from(&*world.config());
         let loader = Self {
-            store: datapath.maps(),
-            datapath,
-            generation: GENERATION.fetch_add(1, Ordering::Relaxed) + 1,
+            loaded: load(options.clone()).await?,
+            options,
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
-            socket_hooks,
             attached: BTreeMap::new(),
             world,
         };
@@ -86,10 +91,19 @@ impl Actor for Loader {
     }
 
     async fn handle(&mut self, LoaderMsg::Wake: LoaderMsg) -> Result<(), Failure> {
-        if self.config.changed().is_some() {
+        if let Some(config) = self.config.changed() {
+            let options = Options::from(&*config);
+            if options != self.options {
+                tracing::info!("maps and programs are made anew");
+                self.loaded = load(options.clone()).await?;
+                self.options = options;
+                self.attached.clear();
+            }
             self.write_settings()?;
         }
-        if let Some(devices) = self.devices.changed() {
+        // Also without a change: hooks of a fresh load are still to be attached.
+        let _ = self.devices.changed();
+        if let Some(devices) = self.world.devices.get() {
             self.follow_devices(&devices)?;
         }
         self.publish();
@@ -97,71 +111,92 @@ impl Actor for Loader {
     }
 }
 
+/// Loads on a thread of its own: the verifier takes a good part of a second.
+async fn load(options: Options) -> Result<Loaded, Failure> {
+    let (datapath, store) = tokio::task::spawn_blocking(move || {
+        ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
+        let load = LoadOptions { max_entries: options.sizes, ..LoadOptions::new(&options.bpf_root) };
+        let mut datapath = Datapath::load(&load)?;
+        if let Some(cgroup) = &options.cgroup {
+            datapath.attach_cgroup(cgroup);
+        }
+        let store = datapath.maps();
+        anyhow::Ok((datapath, store))
+    })
+    .await??;
+    Ok(Loaded { generation: GENERATION.fetch_add(1, Ordering::Relaxed) + 1, datapath, store })
+}
+
+impl From<&Config> for Options {
+    fn from(config: &Config) -> Self {
+        let sizes = MapSizes { flows: flow_entries(config), ..MapSizes::for_services(config.services.map_max) };
+        let set = Some(config.paths.cgroup_root.clone()).filter(|path| !path.as_os_str().is_empty());
+        let cgroup = config.services.socket_lb().then(|| set.or_else(cgroup2_root)).flatten();
+        Self { bpf_root: config.paths.bpf_root.clone(), sizes, cgroup }
+    }
+}
+
 impl Loader {
     fn write_settings(&self) -> Result<(), Failure> {
         let config = self.world.config();
-        let flags = match config.services.no_backend {
-            NoBackend::Reject => SETTING_REJECT_NO_BACKEND,
-            NoBackend::Drop => 0,
-        };
+        let reject = config.services.no_backend == NoBackend::Reject;
         let (snat_min, snat_max) = config.services.snat_ports();
-        let maglev_seed = HashSeed::from_bytes(config.services.maglev_seed.bytes).jhash_v4;
-        self.store.update_settings(&mut |settings: &mut Settings| {
-            *settings = Settings { flags, snat_min, snat_max, maglev_seed, ..*settings };
+        update_settings(&*self.loaded.store, |settings| {
+            settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 };
+            (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
+            settings.maglev_seed = seed(&config).jhash_v4;
         })?;
         Ok(())
     }
 
     fn follow_devices(&mut self, devices: &Devices) -> Result<(), Failure> {
         let values: BTreeMap<_, _> = devices.all.iter().map(|device| (device.ifindex, device_value(device))).collect();
-        let before: BTreeMap<_, _> = self.store.read_devices()?.into_iter().collect();
+        let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
         for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
-            self.store.put_device(*ifindex, value)?;
+            self.loaded.store.put_device(*ifindex, value)?;
         }
         for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
-            self.store.delete_device(*ifindex)?;
+            self.loaded.store.delete_device(*ifindex)?;
         }
         let wanted: BTreeMap<_, _> = devices.selected().map(|device| (device.ifindex, device.name.clone())).collect();
         for (ifindex, name) in self.attached.iter().filter(|(ifindex, _)| !wanted.contains_key(ifindex)) {
-            self.datapath.detach_device(name, *ifindex);
-            tracing::info!(device = name, "programs detached");
+            match self.loaded.datapath.detach_device(name, *ifindex) {
+                Ok(()) => tracing::info!(device = %name, "programs detached"),
+                Err(error) => tracing::error!(device = %name, %error, "programs not detached"),
+            }
         }
         for (ifindex, name) in &wanted {
             if self.attached.get(ifindex) == Some(name) {
                 continue;
             }
-            match self.datapath.attach_device(name, *ifindex) {
-                Ok(_) => tracing::info!(device = %name, "programs attached"),
+            match self.loaded.datapath.attach_device(name, *ifindex) {
+                Ok(hooks) if hooks.ingress.is_ok() && hooks.egress.is_ok() => {
+                    tracing::info!(device = %name, "programs attached")
+                }
+                Ok(_) => tracing::error!(device = %name, "programs attached in part; see kinesin status"),
                 // One device must not take the others down (R34); the hook's status carries the error.
                 Err(error) => tracing::error!(device = %name, %error, "programs not attached"),
             }
         }
-        self.attached = wanted.into_iter().map(|(ifindex, name)| (ifindex, name.to_string())).collect();
+        self.attached = wanted;
         Ok(())
     }
 
     fn publish(&self) {
-        let mut hooks = self.datapath.hooks();
-        for hook in &self.socket_hooks {
-            if !hooks.contains(hook) {
-                hooks.push(hook.clone());
-            }
-        }
-        let failed = hooks.iter().filter_map(|hook| {
-            Some(format!("{} on {}: {}", hook.program, hook.target, hook.error.as_ref()?))
-        });
+        let Loaded { generation, datapath, store } = &self.loaded;
+        let hooks = datapath.hooks();
+        let failed =
+            hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());
-        self.world.maps.set(MapsHandle { generation: self.generation, store: self.store.clone(), hooks });
+        let MapSizes { frontends, slots, backends, .. } = self.options.sizes;
+        let limits = Limits { frontends, slots, backends };
+        self.world.maps.set(MapsHandle { generation: *generation, store: store.clone(), limits, hooks });
     }
 }
 
-fn sizes(config: &Config) -> MapSizes {
-    MapSizes { lb: config.services.map_max, flows: flow_entries(config), ..MapSizes::default() }
-}
-
-fn cgroup_root(config: &Config) -> Option<PathBuf> {
-    let set = (!config.paths.cgroup_root.as_os_str().is_empty()).then(|| config.paths.cgroup_root.clone());
-    set.or_else(cgroup2_root)
+/// The seed that all nodes share.
+fn seed(config: &Config) -> HashSeed {
+    HashSeed::from_bytes(config.services.maglev_seed.bytes)
 }
 
 /// What the programs need to know of a device: its MAC and the addresses that translated packets may carry.
@@ -176,10 +211,10 @@ fn device_value(device: &Device) -> DeviceValue {
         IpAddr::V6(v6) if global(&v6) => Some(Addr::from(v6)),
         _ => None,
     });
-    let ethernet = device.mac != [0; 6] && !device.loopback;
+    let mac = device.mac.filter(|_| !device.is_loopback);
     DeviceValue {
-        mac: device.mac,
-        flags: if ethernet { DEVICE_ETHERNET } else { 0 },
+        mac: mac.unwrap_or_default(),
+        flags: if mac.is_some() { DEVICE_ETHERNET } else { 0 },
         ipv4: ipv4.unwrap_or_default(),
         ipv6: ipv6.unwrap_or_default(),
     }
@@ -192,7 +227,8 @@ fn flow_entries(config: &Config) -> u32 {
     const BYTES: u64 = 48 + 40 + 56;
     let wanted = config.services.ct_tcp_max.saturating_add(config.services.ct_any_max);
     let total = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
+    let kib =
+        total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
     let share = kib.map_or(u64::from(wanted), |kib| kib * 1024 / 800 / BYTES);
     wanted.min(u32::try_from(share).unwrap_or(u32::MAX)).max(16_384)
 }

@@ -18,7 +18,7 @@ use metrics::{counter, gauge, histogram};
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::datapath::MapStore;
+use crate::datapath::{MapStore, TableUsage};
 use crate::level::Follower;
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
@@ -65,7 +65,10 @@ impl Actor for MapWriter {
     type Args = World;
 
     async fn start(world: World, me: Address<MapWriterMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(MapWriterMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(MapWriterMsg::Wake))
+        };
         let verify = me.cast_after(world.config().services.verify_interval, MapWriterMsg::Verify);
         Ok(Self {
             compiled: world.compiled.subscribe(wake.clone()),
@@ -102,9 +105,13 @@ impl MapWriter {
         if self.store.as_ref().is_some_and(|old| Arc::ptr_eq(old, &store)) {
             return Ok(());
         }
-        let actual = blocking({ let store = store.clone(); move || store.read() }).await??;
+        let actual = blocking({
+            let store = store.clone();
+            move || store.read()
+        })
+        .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        self.planner = Planner::new(store.limits());
+        self.planner = Planner::new(handle.limits);
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
         self.pruned = false;
@@ -180,7 +187,11 @@ impl MapWriter {
             // What nobody has claimed yet is not a difference.
             return self.sync(store).await;
         }
-        let actual = blocking({ let store = store.clone(); move || store.read() }).await??;
+        let actual = blocking({
+            let store = store.clone();
+            move || store.read()
+        })
+        .await??;
         let repairs = self.planner.repair(&actual);
         if !repairs.is_empty() {
             counter!("kinesin_map_repairs_total").increment(repairs.len() as u64);
@@ -192,7 +203,7 @@ impl MapWriter {
         self.apply(store, in_phases(plans), "retry").await;
         self.publish_refused();
         for table in store.usage() {
-            gauge!("kinesin_map_pressure", "map_name" => table.name).set(table.pressure());
+            gauge!("kinesin_map_pressure", "map_name" => table.name).set(pressure(&table));
         }
         Ok(())
     }
@@ -244,4 +255,9 @@ impl MapWriter {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
     Ok(tokio::task::spawn_blocking(work).await?)
+}
+
+/// Share of a table that is in use, 0 to 1; 0 where counting is expensive.
+fn pressure(table: &TableUsage) -> f64 {
+    table.entries.unwrap_or(0) as f64 / f64::from(table.max_entries.max(1))
 }

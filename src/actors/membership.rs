@@ -20,8 +20,8 @@ use smol_str::SmolStr;
 use super::leader_elector::timing;
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::level::Follower;
 use crate::clock;
+use crate::level::Follower;
 use crate::source::{Source, WriteError};
 use crate::table::Subscription;
 use crate::world::{Devices, LiveMembers, World};
@@ -75,7 +75,10 @@ impl Actor for Membership {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<MembershipMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(MembershipMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(MembershipMsg::Wake))
+        };
         me.cast(MembershipMsg::Renew);
         Ok(Self {
             leases: world.leases.subscribe(wake.clone()),

@@ -74,7 +74,10 @@ impl Actor for StatusWriter {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<StatusWriterMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(StatusWriterMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(StatusWriterMsg::Wake))
+        };
         Ok(Self {
             orders: world.orders.subscribe(wake),
             world,
@@ -129,7 +132,7 @@ impl StatusWriter {
         match result {
             Ok(()) => drop(self.failures.remove(&key)),
             // The object is gone, and its status with it.
-            Err(WriteError::NotFound(_)) => drop(self.failures.remove(&key)),
+            Err(WriteError::NotFound { .. }) => drop(self.failures.remove(&key)),
             Err(error) => {
                 let failures = self.failures.get(&key).map_or(1, |(failures, _)| failures + 1);
                 let delay = BACKOFF.delay(failures, rand::random());
@@ -149,9 +152,12 @@ impl StatusWriter {
         match (key, patch) {
             (StatusKey::Service(key), StatusPatch::Service { ingress, condition }) => {
                 let Some(service) = self.world.services.get(key) else { return false };
-                let ours = service.status.conditions.iter().find(|c| c.kind == kinesin_core::lb_ipam::CONDITION);
+                let ours =
+                    service.status.conditions.iter().find(|c| c.kind == kinesin_core::lb_ipam::CONDITION_SATISFIED);
                 let entries = service.status.load_balancer.ingress.len();
-                entries == ingress.len() && service.ingress_addresses().eq(ingress.iter().copied()) && same(ours, condition.as_ref())
+                entries == ingress.len()
+                    && service.ingress_addresses().eq(ingress.iter().copied())
+                    && same(ours, condition.as_ref())
             }
             (StatusKey::Pool(name), StatusPatch::Conditions(wanted)) => {
                 let pool = self.world.pools.get(&ObjectKey::new("", name.clone()));
@@ -187,7 +193,9 @@ async fn write(source: &dyn Source, key: &StatusKey, patch: &StatusPatch) -> Res
         (StatusKey::Service(key), StatusPatch::Service { ingress, condition }) => {
             source.write_service_status(key, ingress, condition.as_ref()).await
         }
-        (StatusKey::Pool(name), StatusPatch::Conditions(conditions)) => source.write_pool_status(name, conditions).await,
+        (StatusKey::Pool(name), StatusPatch::Conditions(conditions)) => {
+            source.write_pool_status(name, conditions).await
+        }
         (StatusKey::Policy(name), StatusPatch::Conditions(conditions)) => {
             source.write_policy_status(name, conditions).await
         }

@@ -71,7 +71,10 @@ impl Actor for VipOwner {
     type Args = World;
 
     async fn start(world: World, me: Address<VipOwnerMsg>) -> Result<Self, Failure> {
-        let wake = { let me = me.clone(); move || drop(me.cast(VipOwnerMsg::Wake)) };
+        let wake = {
+            let me = me.clone();
+            move || drop(me.cast(VipOwnerMsg::Wake))
+        };
         Ok(Self {
             services: world.services.subscribe(wake.clone()),
             policies: world.policies.subscribe(wake.clone()),
@@ -267,4 +270,3 @@ pub async fn views(owner: &Address<VipOwnerMsg>) -> Option<Vec<Vip>> {
     owner.cast(VipOwnerMsg::Views(reply));
     tokio::time::timeout(std::time::Duration::from_secs(2), answer).await.ok()?.ok()
 }
-

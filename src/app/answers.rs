@@ -71,7 +71,11 @@ impl Answers {
 
     fn sync(&self) -> Vec<SyncView> {
         let w = &self.world;
-        let view = |kind: &str, complete: bool, objects: usize| SyncView { kind: kind.into(), complete, objects: objects as u64 };
+        let view = |kind: &str, complete: bool, objects: usize| SyncView {
+            kind: kind.into(),
+            complete,
+            objects: objects as u64,
+        };
         vec![
             view("services", w.services.is_complete(), w.services.len()),
             view("endpointslices", w.slices.is_complete(), w.slices.len()),
@@ -100,7 +104,11 @@ impl Answers {
         let handle = self.world.maps.get();
         let usage = handle.iter().flat_map(|handle| handle.store.usage());
         usage
-            .map(|table| MapView { name: table.name.into(), used: table.entries.unwrap_or(0), max: table.max_entries.into() })
+            .map(|table| MapView {
+                name: table.name.into(),
+                used: table.entries.unwrap_or(0),
+                max: table.max_entries.into(),
+            })
             .collect()
     }
 
@@ -161,7 +169,8 @@ impl Answers {
         vips.into_iter()
             .map(|vip| {
                 let device = vip.devices.first().and_then(|device| devices.as_ref()?.by_index(device.ifindex));
-                let since = vip.since.map(|since| wall - jiff::SignedDuration::try_from(now - since).unwrap_or_default());
+                let since =
+                    vip.since.map(|since| wall - jiff::SignedDuration::try_from(now - since).unwrap_or_default());
                 VipView {
                     address: vip.view.address.to_string(),
                     pool: objects::pool_of(&self.world, vip.view.address),
@@ -213,13 +222,20 @@ impl Api for Answers {
                 },
                 config: ConfigSummary {
                     generation: config.generation.clone(),
-                    report: Report { settings: Vec::new(), ..self.report.get().map(|r| Report::clone(&r)).unwrap_or_default() },
+                    report: Report {
+                        settings: Vec::new(),
+                        ..self.report.get().map(|r| Report::clone(&r)).unwrap_or_default()
+                    },
                 },
                 hooks: self.hooks(),
                 kube_proxy_replacement: self.kube_proxy_replacement(),
                 sync: self.sync(),
                 maps: self.maps(),
-                leader: self.world.leadership.get().and_then(|leadership| leadership.holder.as_ref().map(ToString::to_string)),
+                leader: self
+                    .world
+                    .leadership
+                    .get()
+                    .and_then(|leadership| leadership.holder.as_ref().map(ToString::to_string)),
                 members: self.members(),
                 problems: self.problems(),
             }
@@ -250,7 +266,13 @@ impl Api for Answers {
         async {
             let handle = self.world.maps.get();
             let usage = handle.iter().flat_map(|handle| handle.store.usage());
-            usage.map(|t| TableView { name: t.name.into(), about: objects::about(t.name).into(), rows: t.entries.unwrap_or(0) }).collect()
+            usage
+                .map(|t| TableView {
+                    name: t.name.into(),
+                    about: objects::about(t.name).into(),
+                    rows: t.entries.unwrap_or(0),
+                })
+                .collect()
         }
         .boxed()
     }
@@ -280,7 +302,8 @@ impl Api for Answers {
     fn kill<'a>(&'a self, actor: &'a str) -> BoxFuture<'a, Result<(), ApiError>> {
         async move {
             let child = self.tree.get().and_then(|root| root.find(actor));
-            let child = child.ok_or_else(|| ApiError::NotFound(format!("there is no actor {actor}; see kinesin tree")))?;
+            let child =
+                child.ok_or_else(|| ApiError::NotFound(format!("there is no actor {actor}; see kinesin tree")))?;
             match child.kill() {
                 Some(true) => Ok(()),
                 Some(false) => Err(ApiError::Unavailable(format!("{actor} is not running right now"))),
@@ -302,7 +325,12 @@ impl Api for Answers {
     }
 
     fn ready(&self) -> Readiness {
-        let mut reasons: Vec<_> = self.sync().into_iter().filter(|list| !list.complete).map(|list| format!("waiting for {}", list.kind)).collect();
+        let mut reasons: Vec<_> = self
+            .sync()
+            .into_iter()
+            .filter(|list| !list.complete)
+            .map(|list| format!("waiting for {}", list.kind))
+            .collect();
         // Services do not wait for kinds that only addresses need.
         reasons.retain(|reason| reason.contains("services") || reason.contains("endpointslices"));
         if !self.programmed() {
@@ -338,6 +366,11 @@ impl Api for Answers {
 
 /// Restarts by cause, for the tree.
 pub(super) fn restarts(stats: &crate::address::Stats) -> BTreeMap<String, u64> {
-    let count = |cause: crate::address::Cause| stats.restarts[cause as usize].load(std::sync::atomic::Ordering::Relaxed);
-    crate::address::Cause::ALL.into_iter().filter(|c| count(*c) > 0).map(|c| (c.as_str().to_owned(), count(c))).collect()
+    let count =
+        |cause: crate::address::Cause| stats.restarts[cause as usize].load(std::sync::atomic::Ordering::Relaxed);
+    crate::address::Cause::ALL
+        .into_iter()
+        .filter(|c| count(*c) > 0)
+        .map(|c| (c.as_str().to_owned(), count(c)))
+        .collect()
 }

@@ -46,7 +46,7 @@ fn with_type<T: Object + Serialize>(object: &Arc<T>) -> Value {
 /// The pool that an address comes from.
 pub(super) fn pool_of(world: &World, address: IpAddr) -> Option<String> {
     let pools = world.pools.rows().into_iter();
-    let mut holding = pools.filter(|(_, pool)| kinesin_core::lb_ipam::pool_contains(&pool.spec, address));
+    let mut holding = pools.filter(|(_, pool)| kinesin_core::lb_ipam::contains(pool, address));
     holding.next().map(|(key, _)| key.name.to_string())
 }
 

@@ -179,6 +179,13 @@ pub static KEYS: &[KeyDef] = &[
         Kind::Cidrs(|c| &mut c.services.node_port_addresses),
         "Networks whose local addresses serve NodePorts; empty means all.",
     ),
+    live(
+        SERVICES,
+        "map-verify-interval",
+        "30s",
+        Kind::Duration(|c| &mut c.services.verify_interval),
+        "How often the services' maps are read back and compared with what they should hold.",
+    ),
     KeyDef {
         name: "bpf-lb-algorithm",
         alias: "node-port-algorithm",

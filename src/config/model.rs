@@ -181,6 +181,8 @@ pub struct Services {
     pub no_backend: NoBackend,
     /// `k8s-service-proxy-name`; empty means Services without that label.
     pub proxy_name: String,
+    /// `map-verify-interval`
+    pub verify_interval: Duration,
     /// `lb-init-wait-timeout`
     pub init_wait: Duration,
 }

@@ -89,9 +89,12 @@ pub(crate) fn device_pin(ifindex: u32, direction: TcAttachType) -> String {
 pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<()> {
     let kind = TCX[directed(direction).0];
     let path = links.join(device_pin(ifindex, direction));
-    adopt(&path, program, |info| info.kind == sys::LINK_TCX && info.target == [ifindex, kind], || {
-        sys::create_link(program, ifindex, kind)
-    })
+    adopt(
+        &path,
+        program,
+        |info| info.kind == sys::LINK_TCX && info.target == [ifindex, kind],
+        || sys::create_link(program, ifindex, kind),
+    )
 }
 
 /// Attaches by a cgroup link, or puts the program into the link that is pinned. `id` is the cgroup's.
@@ -103,9 +106,12 @@ pub(crate) fn cgroup(
 ) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let target = [id as u32, (id >> 32) as u32];
-    adopt(path, program, |info| info.kind == sys::LINK_CGROUP && info.target == target, || {
-        sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type)
-    })
+    adopt(
+        path,
+        program,
+        |info| info.kind == sys::LINK_CGROUP && info.target == target,
+        || sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type),
+    )
 }
 
 /// Replaces the program of the pinned link if it is the right one; else makes and pins a new one, and only then lets

@@ -86,8 +86,10 @@ fn flow_key(key: &FlowKey) -> String {
 }
 
 fn flow_value(value: &FlowValue) -> String {
-    let names =
-        flags(value.flags.into(), &[(FLOW_REPLY.into(), "reply"), (FLOW_REDIRECT.into(), "redirect"), (FLOW_FROM_LAN.into(), "lan")]);
+    let names = flags(
+        value.flags.into(),
+        &[(FLOW_REPLY.into(), "reply"), (FLOW_REDIRECT.into(), "redirect"), (FLOW_FROM_LAN.into(), "lan")],
+    );
     let tcp = flags(
         value.tcp.into(),
         &[

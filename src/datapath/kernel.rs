@@ -270,9 +270,7 @@ impl MapStore for KernelMaps {
                 let table = self.table(name);
                 let mut entries = Some(0);
                 let counted = match name {
-                    "frontends" | "maglev" | "l2" | "devices" => {
-                        table.scan(|_, _| entries = entries.map(|n| n + 1))
-                    }
+                    "frontends" | "maglev" | "l2" | "devices" => table.scan(|_, _| entries = entries.map(|n| n + 1)),
                     "slots" | "backends" => table.scan(|_, value| {
                         let used = value.iter().any(|byte| *byte != 0);
                         entries = entries.map(|n| n + u64::from(used));
@@ -291,7 +289,9 @@ impl MapStore for KernelMaps {
             return Ok(self.maglev()?);
         }
         let mut all = Vec::new();
-        self.table(name).scan(|key, value| all.push((key.to_vec(), value.to_vec()))).map_err(self.failed(name, "read"))?;
+        self.table(name)
+            .scan(|key, value| all.push((key.to_vec(), value.to_vec())))
+            .map_err(self.failed(name, "read"))?;
         Ok(all)
     }
 

@@ -16,6 +16,7 @@ mod pin;
 mod sys;
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use kinesin_abi::{Addr, Be16, DeviceValue, Direction, DropCounter, DropReason, L2Key, L2Value, Settings};
 use kinesin_core::plan::{Actual, Op};
@@ -28,9 +29,8 @@ pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 10] = [
-    "frontends", "slots", "backends", "maglev", "flows", "sockets", "l2", "devices", "settings", "drops",
-];
+pub const TABLES: [&str; 10] =
+    ["frontends", "slots", "backends", "maglev", "flows", "sockets", "l2", "devices", "settings", "drops"];
 
 /// A table could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +141,16 @@ pub trait MapStore: Send + Sync + 'static {
     fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError>;
     /// Deletes an element, or zeroes it where the table is an array; returns whether there was one.
     fn raw_delete(&self, table: &str, key: &[u8]) -> Result<bool, TableError>;
+}
+
+/// Changes part of the settings, whoever else changes another part at the same time.
+pub fn update_settings(store: &dyn MapStore, change: impl FnOnce(&mut Settings)) -> Result<(), MapError> {
+    // Between reading and writing; of all stores, because nobody waits long.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut settings = store.settings()?;
+    change(&mut settings);
+    store.write_settings(&settings)
 }
 
 /// The name in [`TABLES`] that equals `table`.

@@ -484,11 +484,5 @@ fn vip(row: &Value) -> Vip {
         Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
         _ => text("services"),
     };
-    Vip {
-        address: text("address"),
-        services,
-        owner: text("owner"),
-        owner_mac: None,
-        lan_mac: None,
-    }
+    Vip { address: text("address"), services, owner: text("owner"), owner_mac: None, lan_mac: None }
 }

@@ -86,6 +86,11 @@ pub trait Source: Send + Sync + 'static {
     /// Deletes a Lease. [`WriteError::NotFound`] when there is none.
     fn delete_lease<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), WriteError>>;
 
+    /// Makes the kinds that are Kinesin's to define known to the cluster; for the elected agent only.
+    fn register_kinds(&self) -> BoxFuture<'_, Result<(), crds::RegisterError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// How the source is doing, for status and metrics.
     fn health(&self) -> SourceHealth;
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kinesin_core::devices::Device;
 use kinesin_core::objects::{Condition, ObjectKey};
+use kinesin_core::plan::Limits;
 use kinesin_core::presence::Members;
 use smol_str::SmolStr;
 
@@ -38,6 +39,8 @@ pub struct MapsHandle {
     pub generation: u64,
     /// The maps.
     pub store: Arc<dyn MapStore>,
+    /// How much fits.
+    pub limits: Limits,
     /// What is attached where.
     pub hooks: Vec<HookStatus>,
 }

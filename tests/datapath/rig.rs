@@ -10,9 +10,8 @@ use aya::programs::SchedClassifier;
 use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason,
-    FrontendKey, FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SetRef, Settings,
-    frontend_flags, proto,
+    Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
+    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SetRef, Settings, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;

@@ -156,6 +156,12 @@ impl Entry {
     }
 }
 
+/// Whether an address lies in one of a pool's readable blocks.
+pub fn contains(pool: &Pool, ip: IpAddr) -> bool {
+    let ranges = pool.spec.blocks.iter().enumerate().filter_map(|(i, block)| range::parse_block(i, block).ok());
+    ranges.into_iter().any(|range| range.span.contains(ip))
+}
+
 /// The allocator's state.
 #[derive(Debug)]
 pub struct Allocator {

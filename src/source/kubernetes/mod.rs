@@ -194,6 +194,10 @@ impl Source for KubernetesSource {
         write::delete_lease(&self.shared, name).boxed()
     }
 
+    fn register_kinds(&self) -> BoxFuture<'_, Result<(), super::crds::RegisterError>> {
+        Box::pin(async { super::crds::register(self.client()).await.map(drop) })
+    }
+
     fn health(&self) -> SourceHealth {
         self.shared.servers.health()
     }
