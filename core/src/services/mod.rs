@@ -1,4 +1,18 @@
 //! From Services and EndpointSlices to what clients can connect to.
+//!
+//! [`compile`] turns one Service and its slices into [`Compiled`], a pure function of its inputs; [`SliceIndex`] knows which
+//! slices belong to which Service, so that an edit recompiles that Service only; [`view`] is what people see of it.
+//! Deliberately absent: ids, slots and maps (see [`crate::plan`]), and anything that remembers earlier results.
+
+mod compile;
+mod endpoints;
+mod index;
+mod problems;
+mod view;
+
+pub use compile::{Algorithm, NodeContext, compile};
+pub use index::SliceIndex;
+pub use view::{address_text, view};
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -107,3 +121,6 @@ pub struct BackendView {
 
 /// Key of the compiled table.
 pub type ServiceKey = ObjectKey;
+
+#[cfg(test)]
+mod tests;
