@@ -9,7 +9,6 @@
 //! Deliberately absent: knowledge of maps.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use kinesin_core::devices::node_port_addresses;
 use kinesin_core::objects::{EndpointSlice, Node, ObjectKey, Service};
@@ -90,8 +89,8 @@ impl EndpointSyncer {
         let mut dirty: BTreeSet<_> = self.services.take().into_iter().map(|(key, _)| key).collect();
         for (key, slice) in self.slices.take() {
             dirty.extend(match slice {
-                Some(slice) => self.index.upsert(key, slice),
-                None => self.index.remove(&key),
+                Some(slice) => self.index.upsert(slice),
+                None => self.index.remove(&key).into_iter().collect(),
             });
         }
         dirty
@@ -119,8 +118,7 @@ impl EndpointSyncer {
             }
             return;
         };
-        let slices = self.index.slices_of(key);
-        let compiled = services::compile(&service, slices.map(Arc::as_ref), &self.context);
+        let compiled = services::compile(&service, self.index.slices(key), &self.context);
         if self.compiled.put(key.clone(), compiled) {
             counter!("kinesin_services_events_total", "action" => "update").increment(1);
         }

@@ -1,4 +1,4 @@
-//! One Service and its slices, as this node sees them.
+//! The rules by which a Service becomes frontends and backend sets.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,245 +6,369 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use kinesin_abi::{FrontendKind, frontend_flags as flags, proto};
 use smol_str::SmolStr;
 
-use super::backends::{self, Candidate};
-use super::{BackendSet, Compiled, Frontend, NodeContext};
-use crate::lb_ipam::{CLASS_BGP, CLASS_L2};
-use crate::objects::{Affinity, EndpointSlice, Service, ServicePort, ServiceType, TrafficPolicy};
+use super::endpoints::{self, PortRef};
+use super::problems::Problems;
+use super::{BackendRef, BackendSet, Compiled, Frontend};
+use crate::maglev::protocol_name;
+use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
-/// `service.kubernetes.io/headless`
+/// Services with it (any value) have no virtual address.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-/// `service.kubernetes.io/service-proxy-name`
+/// Names the proxy that handles a Service.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
-const AFFINITY_TIMEOUT: u32 = 10_800;
-/// The map keeps 24 bits.
-const AFFINITY_MAX: u32 = (1 << 24) - 1;
+/// `loadBalancerClass`es whose unused ports are dropped; so are those of Services without class (see `default_lb_ipam`).
+const OUR_CLASSES: [&str; 2] = ["io.cilium/bgp-control-plane", "io.cilium/l2-announcer"];
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`, seconds.
+const DEFAULT_AFFINITY: u32 = 10_800;
+/// Its maximum: a day, seconds.
+const MAX_AFFINITY: u32 = 86_400;
 
-/// How backends are selected where a Service does not say.
+/// How frontends that are reachable from outside choose a backend (`bpf-lb-algorithm`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Algorithm {
-    /// Evenly at random.
+    /// Any backend, each time anew.
     #[default]
     Random,
-    /// By a Maglev table that is the same on every node.
+    /// By a table that is the same on every node.
     Maglev,
 }
 
-/// Compiles a Service. Total: what cannot be used ends in [`Compiled::problems`], the rest is programmed.
-///
-/// - Headless Services, `ExternalName` and Services of another proxy have no frontends.
-/// - `externalTrafficPolicy: Local` restricts what comes from outside through NodePort, LoadBalancer and external
-///   addresses to this node's backends; the cluster's own traffic to them may go anywhere.
-///   `internalTrafficPolicy: Local` restricts the cluster's traffic to the ClusterIP.
-/// - Endpoints belong to a port by the port's *name*, whatever its number.
-pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointSlice>, node: &NodeContext) -> Compiled {
-    let mut compiler = Compiler { service, node, compiled: Compiled::default() };
-    if compiler.is_ours() {
-        let candidates = backends::collect(service, slices, node, &mut compiler.compiled.problems);
-        compiler.frontends(&candidates);
-        compiler.wildcards();
-        compiler.compiled.frontends.sort_by_key(|f| (f.addr, f.port, f.proto));
-        compiler.without_duplicates();
-    }
-    compiler.compiled
+/// What compiling has to know about the node that it is done for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeContext {
+    /// The Node's name; an endpoint with this `nodeName` is local.
+    pub name: SmolStr,
+    /// The Node's `topology.kubernetes.io/zone`; for topology hints (not read yet).
+    pub zone: SmolStr,
+    /// The Node's labels; for the node-exposure annotations (not read yet).
+    pub labels: StringMap,
+    /// Addresses of this node on which NodePorts are served.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// `enable-ipv4`
+    pub ipv4: bool,
+    /// `enable-ipv6`
+    pub ipv6: bool,
+    /// `bpf-lb-algorithm`
+    pub algorithm: Algorithm,
+    /// `k8s-service-proxy-name`; empty means Services without that label.
+    pub proxy_name: SmolStr,
+    /// `default-lb-service-ipam` is `lbipam`: Services without `loadBalancerClass` are ours, and get wildcards.
+    pub default_lb_ipam: bool,
+    /// `bpf-lb-external-clusterip`: ClusterIPs may be reached from outside.
+    pub external_cluster_ip: bool,
 }
 
-struct Compiler<'a> {
+impl Default for NodeContext {
+    /// The configuration's defaults, on a node without name and addresses.
+    fn default() -> Self {
+        Self {
+            name: SmolStr::default(),
+            zone: SmolStr::default(),
+            labels: StringMap::new(),
+            node_port_addresses: Vec::new(),
+            ipv4: true,
+            ipv6: true,
+            algorithm: Algorithm::Random,
+            proxy_name: SmolStr::default(),
+            default_lb_ipam: true,
+            external_cluster_ip: false,
+        }
+    }
+}
+
+/// What `service` means on this node, given all of its slices (in any order).
+///
+/// Nothing comes out of headless and ExternalName Services and of those that name another proxy. Otherwise, for each port:
+///
+/// | Frontend | Addresses | Backends from outside | Backends from the cluster |
+/// |---|---|---|---|
+/// | ClusterIP | `spec.clusterIPs` | by `internalTrafficPolicy` (and dropped unless routable) | by `internalTrafficPolicy` |
+/// | LoadBalancer | `status.loadBalancer.ingress[].ip` with `ipMode` VIP or none | by `externalTrafficPolicy` | all |
+/// | ExternalIPs | `spec.externalIPs`, any type | by `externalTrafficPolicy` | all |
+/// | NodePort | `node_port_addresses`, and `0.0.0.0` and `::` for local sockets | by `externalTrafficPolicy` | all |
+///
+/// `Local` keeps the endpoints whose `nodeName` is this node's or absent. It does not restrict clients inside the cluster
+/// that use an outside address, as in Kubernetes. A frontend has backends of its own family only. Frontends without usable
+/// backends stay: connections to them are refused, not forwarded.
+///
+/// Each ClusterIP and LoadBalancer address also gets one wildcard frontend (port 0, protocol 0) when the Service's class
+/// is ours: it drops what comes to other ports of the address.
+///
+/// When one address and port has several reasons to exist in this Service, the first of the table wins. Nothing here
+/// panics; what cannot be used is left out and named in [`Compiled::problems`]. The result depends on the objects'
+/// content only, not on the order of slices, so equal results mean that nothing has to be written.
+pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointSlice>, node: &NodeContext) -> Compiled {
+    if !is_ours(service, node) {
+        return Compiled::default();
+    }
+    let slices: Vec<&EndpointSlice> = slices.collect();
+    let mut builder =
+        Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, problems: Problems::default() };
+    builder.affinity = builder.affinity_timeout();
+    let addresses = builder.addresses();
+    for (index, port) in service.spec.ports.iter().enumerate() {
+        let Some(proto) = endpoints::protocol(&port.protocol) else {
+            builder.problems.note(format!(
+                "spec.ports[{index}].protocol: \"{}\" is not supported; use TCP, UDP or SCTP",
+                port.protocol
+            ));
+            continue;
+        };
+        if port.port == 0 {
+            builder.problems.note(format!("spec.ports[{index}].port: is missing or 0; use 1 to 65535"));
+            continue;
+        }
+        let all = endpoints::gather(&PortRef { name: &port.name, proto }, &slices, node, &mut builder.problems);
+        let mut sets = PortSets { all: &all, known: [None; 4] };
+        for &(addr, kind) in &addresses {
+            let number = if kind == FrontendKind::NodePort { port.node_port } else { port.port };
+            if number != 0 {
+                builder.add(addr, number, proto, kind, &port.name, &mut sets);
+            }
+        }
+    }
+    builder.wildcards(&addresses);
+    if !service.spec.load_balancer_source_ranges.is_empty() && service.spec.kind == ServiceType::LoadBalancer {
+        builder.problems.note(
+            "spec.loadBalancerSourceRanges: not enforced by this version, every client is let in; restrict clients elsewhere"
+                .to_owned(),
+        );
+    }
+    Compiled { frontends: builder.out.into_values().collect(), sets: builder.sets, problems: builder.problems.finish() }
+}
+
+/// Whether this proxy programs the Service at all.
+fn is_ours(service: &Service, node: &NodeContext) -> bool {
+    let labels = &service.metadata.labels;
+    let proxy = labels.get(PROXY_NAME_LABEL);
+    let proxy_is_us = match proxy {
+        None => node.proxy_name.is_empty(),
+        Some(name) => *name == node.proxy_name && !name.is_empty(),
+    };
+    let headless = labels.contains_key(HEADLESS_LABEL)
+        || service.spec.cluster_ip == "None"
+        || service.spec.cluster_ips.iter().any(|ip| ip == "None");
+    proxy_is_us && !headless && service.spec.kind != ServiceType::ExternalName
+}
+
+struct Builder<'a> {
     service: &'a Service,
     node: &'a NodeContext,
-    compiled: Compiled,
+    out: BTreeMap<(IpAddr, u16, u8), Frontend>,
+    sets: Vec<BackendSet>,
+    affinity: u32,
+    problems: Problems,
 }
 
-impl Compiler<'_> {
-    fn is_ours(&self) -> bool {
-        let (meta, spec) = (&self.service.metadata, &self.service.spec);
-        let proxy = meta.labels.get(PROXY_NAME_LABEL).map_or("", SmolStr::as_str);
-        let headless = spec.cluster_ip == "None"
-            || spec.cluster_ips.iter().any(|ip| ip == "None")
-            || meta.labels.contains_key(HEADLESS_LABEL);
-        proxy == self.node.proxy_name && !headless && spec.kind != ServiceType::ExternalName
+/// The sets of one port, each made when the first frontend needs it.
+struct PortSets<'a> {
+    all: &'a [BackendRef],
+    /// By family and policy.
+    known: [Option<usize>; 4],
+}
+
+impl Builder<'_> {
+    /// Seconds; 0 without session affinity.
+    fn affinity_timeout(&mut self) -> u32 {
+        let spec = &self.service.spec;
+        if spec.session_affinity != Affinity::ClientIP {
+            return 0;
+        }
+        let asked = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+        match asked {
+            None => DEFAULT_AFFINITY,
+            Some(seconds @ 1..=MAX_AFFINITY) => seconds,
+            Some(seconds) => {
+                let used = if seconds == 0 { DEFAULT_AFFINITY } else { MAX_AFFINITY };
+                self.problems.note(format!(
+                    "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {seconds} is out of range, {used} is used; use 1 to {MAX_AFFINITY}"
+                ));
+                used
+            }
+        }
     }
 
-    fn frontends(&mut self, candidates: &BTreeMap<(SmolStr, bool), Vec<Candidate>>) {
+    /// Every address that the Service's ports are reachable at, in the order of the table above.
+    fn addresses(&mut self) -> Vec<(IpAddr, FrontendKind)> {
         let spec = &self.service.spec;
-        let cluster_ips = self.addresses("spec.clusterIPs", cluster_ips(self.service));
-        let external_ips = self.addresses("spec.externalIPs", spec.external_ips.iter().collect());
-        let load_balancer_ips = self.load_balancer_ips();
-        for (i, port) in spec.ports.iter().enumerate() {
-            let Some(protocol) = self.protocol(i, port) else { continue };
-            if port.port == 0 {
-                let text = format!("spec.ports[{i}].port: 0 is no port; use 1 to 65535");
-                self.compiled.problems.push(text);
-                continue;
+        let mut found: Vec<(IpAddr, FrontendKind)> = Vec::new();
+        match spec.kind {
+            ServiceType::Unknown => self.problems.note(
+                "spec.type: is not a type that this version knows; use ClusterIP, NodePort, LoadBalancer or ExternalName"
+                    .to_owned(),
+            ),
+            _ if spec.cluster_ips.is_empty() => {
+                self.frontend_address("spec.clusterIP", &spec.cluster_ip, FrontendKind::ClusterIp, &mut found);
             }
-            let mut wanted = Vec::new();
-            let mut add = |kind, ips: &[IpAddr], number| wanted.extend(ips.iter().map(|ip| (kind, *ip, number)));
-            add(FrontendKind::ClusterIp, &cluster_ips, port.port);
-            add(FrontendKind::ExternalIps, &external_ips, port.port);
-            add(FrontendKind::LoadBalancer, &load_balancer_ips, port.port);
-            let exposed = matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
-            if exposed && port.node_port != 0 {
-                for family in families(self.service, &cluster_ips) {
-                    let of_node = self.node.node_port_addresses.iter().filter(|ip| ip.is_ipv6() == family);
-                    let mut ips: Vec<_> = of_node.copied().collect();
-                    ips.push(if family { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() });
-                    add(FrontendKind::NodePort, &ips, port.node_port);
+            _ => {
+                for ip in &spec.cluster_ips {
+                    self.frontend_address("spec.clusterIPs", ip, FrontendKind::ClusterIp, &mut found);
                 }
             }
-            for (kind, addr, number) in wanted.into_iter().filter(|(_, addr, _)| self.node.serves(*addr)) {
-                let behind = candidates.get(&(backends::port_key(&port.name, protocol), addr.is_ipv6()));
-                self.frontend(kind, (addr, number, protocol), port, behind.map_or(&[], Vec::as_slice));
+        }
+        if spec.kind == ServiceType::LoadBalancer {
+            for entry in &self.service.status.load_balancer.ingress {
+                if entry.ip_mode.as_ref().is_none_or(|mode| mode == "VIP" || mode.is_empty()) {
+                    let field = "status.loadBalancer.ingress[].ip";
+                    self.frontend_address(field, &entry.ip, FrontendKind::LoadBalancer, &mut found);
+                }
             }
         }
+        for ip in &spec.external_ips {
+            self.frontend_address("spec.externalIPs", ip, FrontendKind::ExternalIps, &mut found);
+        }
+        if matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
+            let families = self.node_port_families(&found);
+            let surrogates = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+            let own = self.node.node_port_addresses.iter().map(IpAddr::to_canonical);
+            for addr in own.filter(|addr| !addr.is_unspecified()).chain(surrogates) {
+                if families(addr) && self.enabled(addr) {
+                    found.push((addr, FrontendKind::NodePort));
+                }
+            }
+        }
+        found
     }
 
-    fn frontend(&mut self, kind: FrontendKind, at: (IpAddr, u16, u8), port: &ServicePort, behind: &[Candidate]) {
-        let (addr, number, protocol) = at;
-        let spec = &self.service.spec;
-        let from_outside = kind != FrontendKind::ClusterIp;
-        let external_local = from_outside && spec.external_traffic_policy == TrafficPolicy::Local;
-        let internal_local = !from_outside && spec.internal_traffic_policy == TrafficPolicy::Local;
-        let mut bits = self.common_flags(kind);
-        bits |= if external_local { flags::EXTERNAL_LOCAL } else { 0 };
-        bits |= if internal_local { flags::INTERNAL_LOCAL } else { 0 };
-        let external = backends::set(behind, protocol, external_local || internal_local);
-        let internal = backends::set(behind, protocol, internal_local);
-        self.compiled.frontends.push(Frontend {
-            addr,
-            port: number,
-            proto: protocol,
-            kind,
-            port_name: port.name.clone(),
-            flags: bits,
-            affinity: affinity(self.service),
-            external: Some(index_of(&mut self.compiled.sets, external)),
-            internal: Some(index_of(&mut self.compiled.sets, internal)),
-        });
+    /// Which families a NodePort is served in: those of `spec.ipFamilies`, else those of the ClusterIPs, else all.
+    fn node_port_families(&self, found: &[(IpAddr, FrontendKind)]) -> impl Fn(IpAddr) -> bool + use<> {
+        let families = &self.service.spec.ip_families;
+        let (mut v4, mut v6) =
+            (families.iter().any(|family| family == "IPv4"), families.iter().any(|family| family == "IPv6"));
+        if !v4 && !v6 {
+            let cluster = || found.iter().filter(|(_, kind)| *kind == FrontendKind::ClusterIp);
+            v4 = cluster().any(|(addr, _)| addr.is_ipv4());
+            v6 = cluster().any(|(addr, _)| addr.is_ipv6());
+        }
+        let all = !v4 && !v6;
+        move |addr| all || if addr.is_ipv4() { v4 } else { v6 }
     }
 
-    fn common_flags(&self, kind: FrontendKind) -> u32 {
-        let routable = if kind == FrontendKind::ClusterIp { 0 } else { flags::ROUTABLE };
-        let maglev = if routable != 0 && self.node.algorithm == Algorithm::Maglev { flags::MAGLEV } else { 0 };
-        let sticky = if affinity(self.service) != 0 { flags::AFFINITY } else { 0 };
-        routable | maglev | sticky
+    fn enabled(&self, addr: IpAddr) -> bool {
+        if addr.is_ipv4() { self.node.ipv4 } else { self.node.ipv6 }
     }
 
-    /// Addresses that are ours whole: what asks for a port that no Service has is dropped instead of passed on.
-    fn wildcards(&mut self) {
-        let class = self.service.spec.load_balancer_class.as_deref();
-        if !class.is_none_or(|class| class == CLASS_BGP || class == CLASS_L2) {
+    /// Adds the address in `text`. Empty ones are not allocated yet; those of a disabled family are for other nodes.
+    fn frontend_address(
+        &mut self,
+        field: &str,
+        text: &str,
+        kind: FrontendKind,
+        found: &mut Vec<(IpAddr, FrontendKind)>,
+    ) {
+        if text.is_empty() {
             return;
         }
-        let mut addresses: Vec<_> = self
-            .compiled
-            .frontends
-            .iter()
-            .filter(|f| matches!(f.kind, FrontendKind::ClusterIp | FrontendKind::LoadBalancer))
-            .map(|f| (f.addr, f.kind))
-            .collect();
-        addresses.sort_by_key(|(addr, kind)| (*addr, *kind as u32));
-        addresses.dedup_by_key(|(addr, _)| *addr);
-        self.compiled.frontends.extend(addresses.into_iter().map(|(addr, kind)| Frontend {
+        let Ok(addr) = text.parse::<IpAddr>() else {
+            self.problems.note(format!("{field}: \"{text}\" is not an IP address; correct or remove it"));
+            return;
+        };
+        let addr = addr.to_canonical();
+        // `0.0.0.0` and `::` mean "any local address" to the programs, and loopback is not a service's to take.
+        if addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() || addr == IpAddr::from([255; 4]) {
+            self.problems.note(format!("{field}: {addr} cannot be a service's address; use a unicast address"));
+            return;
+        }
+        if self.enabled(addr) {
+            found.push((addr, kind));
+        }
+    }
+
+    /// Adds one frontend, unless the Service already has one with this address, port and protocol.
+    fn add(
+        &mut self,
+        addr: IpAddr,
+        number: u16,
+        proto: u8,
+        kind: FrontendKind,
+        port_name: &SmolStr,
+        sets: &mut PortSets<'_>,
+    ) {
+        if let Some(first) = self.out.get(&(addr, number, proto)) {
+            if first.port_name != *port_name {
+                self.problems.note(format!(
+                    "spec.ports: \"{port_name}\" and \"{}\" are both {}/{}, the latter is used; give each its own port",
+                    first.port_name,
+                    super::address_text(addr, number),
+                    protocol_name(proto)
+                ));
+            }
+            return;
+        }
+        let spec = &self.service.spec;
+        let cluster_ip = kind == FrontendKind::ClusterIp;
+        let routable = !cluster_ip || self.node.external_cluster_ip;
+        let external_local = !cluster_ip && spec.external_traffic_policy == TrafficPolicy::Local;
+        let internal_local = cluster_ip && spec.internal_traffic_policy == TrafficPolicy::Local;
+
+        let mut bits = 0;
+        let mut set_if = |condition: bool, flag: u32| bits |= if condition { flag } else { 0 };
+        set_if(routable, flags::ROUTABLE);
+        set_if(external_local, flags::EXTERNAL_LOCAL);
+        set_if(internal_local, flags::INTERNAL_LOCAL);
+        set_if(self.affinity > 0, flags::AFFINITY);
+        // Only sockets meet the surrogate addresses, and they choose at random.
+        let tabled = self.node.algorithm == Algorithm::Maglev && routable && !addr.is_unspecified();
+        set_if(tabled, flags::MAGLEV);
+
+        let internal = self.set(sets, addr.is_ipv4(), internal_local);
+        let external = if external_local { self.set(sets, addr.is_ipv4(), true) } else { internal };
+        let frontend = Frontend {
             addr,
-            port: 0,
-            proto: proto::ANY,
+            port: number,
+            proto,
             kind,
-            port_name: SmolStr::default(),
-            flags: flags::WILDCARD,
-            affinity: 0,
-            external: None,
-            internal: None,
-        }));
+            port_name: port_name.clone(),
+            flags: bits,
+            affinity: self.affinity,
+            external: Some(external),
+            internal: Some(internal),
+        };
+        self.out.insert((addr, number, proto), frontend);
     }
 
-    /// One Service may list an address twice (external and from a pool): the first kind keeps it.
-    fn without_duplicates(&mut self) {
-        let mut seen = std::collections::HashSet::new();
-        let problems = &mut self.compiled.problems;
-        self.compiled.frontends.retain(|f| {
-            let fresh = seen.insert((f.addr, f.port, f.proto));
-            if !fresh && f.port != 0 {
-                problems
-                    .push(format!("{}:{} is listed twice with the same protocol; one entry is used", f.addr, f.port));
-            }
-            fresh
+    /// Index of the port's backends in one family, all of them or only the local ones.
+    fn set(&mut self, port: &mut PortSets<'_>, v4: bool, local: bool) -> usize {
+        let known = &mut port.known[usize::from(v4) * 2 + usize::from(local)];
+        if let Some(index) = *known {
+            return index;
+        }
+        // Later rules (topology hints, annotations) narrow the candidates here, before the traffic policy does.
+        let set = endpoints::select(port.all, |backend| {
+            backend.addr.is_ipv4() == v4 && (!local || backend.local || backend.node.is_empty())
         });
+        let index = self.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
+            self.sets.push(set);
+            self.sets.len() - 1
+        });
+        *known = Some(index);
+        index
     }
 
-    fn addresses(&mut self, field: &str, texts: Vec<&SmolStr>) -> Vec<IpAddr> {
-        let mut addresses = Vec::new();
-        for (i, text) in texts.into_iter().enumerate().filter(|(_, text)| !text.is_empty()) {
-            match text.parse() {
-                Ok(ip) if !addresses.contains(&ip) => addresses.push(ip),
-                Ok(_) => {}
-                Err(_) => self.compiled.problems.push(format!("{field}[{i}]: \"{text}\" is not an IP address")),
+    fn wildcards(&mut self, addresses: &[(IpAddr, FrontendKind)]) {
+        let ours = match &self.service.spec.load_balancer_class {
+            None => self.node.default_lb_ipam,
+            Some(class) => OUR_CLASSES.contains(&class.as_str()),
+        };
+        // Without any usable port the address is not served, so it is not claimed either.
+        if !ours || self.out.is_empty() {
+            return;
+        }
+        for &(addr, kind) in addresses {
+            if !matches!(kind, FrontendKind::ClusterIp | FrontendKind::LoadBalancer) {
+                continue;
             }
+            self.out.entry((addr, 0, proto::ANY)).or_insert_with(|| Frontend {
+                addr,
+                port: 0,
+                proto: proto::ANY,
+                kind,
+                port_name: SmolStr::default(),
+                flags: flags::WILDCARD,
+                affinity: 0,
+                external: None,
+                internal: None,
+            });
         }
-        addresses.sort();
-        addresses
     }
-
-    /// Entries of mode `Proxy` belong to a load balancer elsewhere; entries with a name only have no address.
-    fn load_balancer_ips(&mut self) -> Vec<IpAddr> {
-        if self.service.spec.kind != ServiceType::LoadBalancer {
-            return Vec::new();
-        }
-        let ingress = &self.service.status.load_balancer.ingress;
-        let ours = ingress.iter().filter(|entry| entry.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"));
-        self.addresses("status.loadBalancer.ingress", ours.map(|entry| &entry.ip).collect())
-    }
-
-    fn protocol(&mut self, i: usize, port: &ServicePort) -> Option<u8> {
-        let known = protocol_number(&port.protocol);
-        if known.is_none() {
-            let text = format!("spec.ports[{i}].protocol: \"{}\" is not one of TCP, UDP, SCTP", port.protocol);
-            self.compiled.problems.push(text);
-        }
-        known
-    }
-}
-
-/// The number of a protocol's name; absent means TCP.
-pub(super) fn protocol_number(name: &str) -> Option<u8> {
-    match name {
-        "" | "TCP" => Some(proto::TCP),
-        "UDP" => Some(proto::UDP),
-        "SCTP" => Some(proto::SCTP),
-        _ => None,
-    }
-}
-
-/// `spec.clusterIPs`, or `spec.clusterIP` where a manifest has only that.
-fn cluster_ips(service: &Service) -> Vec<&SmolStr> {
-    let spec = &service.spec;
-    if spec.cluster_ips.is_empty() { vec![&spec.cluster_ip] } else { spec.cluster_ips.iter().collect() }
-}
-
-/// Families of a Service's NodePorts (`true` is IPv6): as listed, else those of its addresses, else IPv4.
-fn families(service: &Service, cluster_ips: &[IpAddr]) -> Vec<bool> {
-    let listed = service.spec.ip_families.iter().map(|family| family == "IPv6");
-    let mut families: Vec<_> = listed.chain(cluster_ips.iter().map(IpAddr::is_ipv6)).collect();
-    if families.is_empty() {
-        families.push(false);
-    }
-    families.sort_unstable();
-    families.dedup();
-    families
-}
-
-/// Seconds; 0 for none.
-fn affinity(service: &Service) -> u32 {
-    if service.spec.session_affinity != Affinity::ClientIP {
-        return 0;
-    }
-    let config = service.spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-    let seconds = config.and_then(|client_ip| client_ip.timeout_seconds).unwrap_or(AFFINITY_TIMEOUT);
-    seconds.clamp(1, AFFINITY_MAX)
-}
-
-fn index_of(sets: &mut Vec<BackendSet>, set: BackendSet) -> usize {
-    sets.iter().position(|known| *known == set).unwrap_or_else(|| {
-        sets.push(set);
-        sets.len() - 1
-    })
 }

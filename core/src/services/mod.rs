@@ -1,4 +1,18 @@
 //! From Services and EndpointSlices to what clients can connect to.
+//!
+//! [`compile`] turns one Service and its slices into [`Compiled`], a pure function of its inputs; [`SliceIndex`] knows which
+//! slices belong to which Service, so that an edit recompiles that Service only; [`view`] is what people see of it.
+//! Deliberately absent: ids, slots and maps (see [`crate::plan`]), and anything that remembers earlier results.
+
+mod compile;
+mod endpoints;
+mod index;
+mod problems;
+mod view;
+
+pub use compile::{Algorithm, NodeContext, compile};
+pub use index::SliceIndex;
+pub use view::{address_text, view};
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -7,47 +21,7 @@ use kinesin_abi::{BackendState, FrontendKind};
 use serde::Serialize;
 use smol_str::SmolStr;
 
-use crate::objects::{ObjectKey, StringMap};
-
-mod backends;
-mod compile;
-mod slices;
-mod view;
-
-#[cfg(test)]
-mod tests;
-
-pub use compile::{Algorithm, compile};
-pub use slices::SliceIndex;
-pub use view::{kind_name, protocol_name, state_name, view};
-
-/// What a Service's meaning on this node depends on, besides the Service and its slices.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct NodeContext {
-    /// The node's name.
-    pub name: SmolStr,
-    /// `topology.kubernetes.io/zone` of the node.
-    pub zone: SmolStr,
-    /// The node's labels.
-    pub labels: StringMap,
-    /// Where NodePorts listen.
-    pub node_port_addresses: Vec<IpAddr>,
-    /// `enable-ipv4`
-    pub ipv4: bool,
-    /// `enable-ipv6`
-    pub ipv6: bool,
-    /// `bpf-lb-algorithm`
-    pub algorithm: Algorithm,
-    /// `k8s-service-proxy-name`
-    pub proxy_name: SmolStr,
-}
-
-impl NodeContext {
-    /// Whether the address's family is on.
-    fn serves(&self, addr: IpAddr) -> bool {
-        if addr.is_ipv6() { self.ipv6 } else { self.ipv4 }
-    }
-}
+use crate::objects::ObjectKey;
 
 /// What a Service means on this node: the unit that is compiled, planned and written as a whole.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -147,3 +121,6 @@ pub struct BackendView {
 
 /// Key of the compiled table.
 pub type ServiceKey = ObjectKey;
+
+#[cfg(test)]
+mod tests;

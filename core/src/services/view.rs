@@ -1,64 +1,65 @@
-//! Compiled services as people read them.
+//! Frontends as people see them.
 
-use kinesin_abi::{BackendState, FrontendKind, proto};
+use std::net::IpAddr;
 
-use super::{BackendSet, BackendView, Compiled, Frontend, FrontendView, ServiceKey};
+use kinesin_abi::{BackendState, FrontendKind, frontend_flags};
 
-/// The Service's frontends for `kinesin services`; one object, or two where the scopes differ. Wildcards are left out.
+use super::{BackendRef, BackendView, Compiled, Frontend, FrontendView, ServiceKey};
+use crate::maglev::protocol_name;
+
+/// What `kinesin services` shows of one Service, in order of address, port and protocol.
+///
+/// A frontend is one line with scope `all`, or two, `external` and `internal`, when clients outside and inside get
+/// different backends. Wildcards are left out: nobody connects to them. The surrogate of a NodePort is shown, as Cilium
+/// does: `0.0.0.0:30080/TCP` is what people look for, and the node's own addresses follow.
 pub fn view(key: &ServiceKey, compiled: &Compiled, status: &str) -> Vec<FrontendView> {
-    let shown = compiled.frontends.iter().filter(|frontend| frontend.port != 0);
-    shown
-        .flat_map(|frontend| {
-            let one = |scope, set| object(key, compiled, frontend, status, scope, set);
-            match (frontend.external, frontend.internal) {
-                (external, internal) if external == internal => vec![one("all", external)],
-                (external, internal) => vec![one("external", external), one("internal", internal)],
-            }
-        })
-        .collect()
+    let service = key.to_string();
+    let mut lines = Vec::new();
+    for frontend in &compiled.frontends {
+        if frontend.flags & frontend_flags::WILDCARD != 0 {
+            continue;
+        }
+        let line = |scope, set| FrontendView {
+            address: format!("{}/{}", address_text(frontend.addr, frontend.port), protocol_name(frontend.proto)),
+            kind: kind_name(frontend),
+            service: service.clone(),
+            port_name: frontend.port_name.clone(),
+            scope,
+            status: status.to_owned(),
+            backends: backends(compiled, set),
+        };
+        if frontend.external == frontend.internal {
+            lines.push(line("all", frontend.internal));
+        } else {
+            lines.push(line("external", frontend.external));
+            lines.push(line("internal", frontend.internal));
+        }
+    }
+    lines
 }
 
-fn object(
-    key: &ServiceKey,
-    compiled: &Compiled,
-    frontend: &Frontend,
-    status: &str,
-    scope: &'static str,
-    set: Option<usize>,
-) -> FrontendView {
-    let empty = BackendSet::default();
-    let set = set.and_then(|index| compiled.sets.get(index)).unwrap_or(&empty);
-    let backend = |backend: &super::BackendRef| BackendView {
-        address: std::net::SocketAddr::new(backend.addr, backend.port).to_string(),
-        state: state_name(backend.state),
+fn backends(compiled: &Compiled, set: Option<usize>) -> Vec<BackendView> {
+    let Some(set) = set.and_then(|index| compiled.sets.get(index)) else { return Vec::new() };
+    set.backends.iter().map(backend).collect()
+}
+
+fn backend(backend: &BackendRef) -> BackendView {
+    BackendView {
+        address: address_text(backend.addr, backend.port),
+        state: match backend.state {
+            BackendState::Active => "active",
+            BackendState::Terminating => "terminating",
+            BackendState::TerminatingNotServing => "terminating-not-serving",
+            BackendState::Maintenance => "maintenance",
+            BackendState::Free => "free",
+        },
         node: backend.node.clone(),
         zone: backend.zone.clone(),
-    };
-    let address = std::net::SocketAddr::new(frontend.addr, frontend.port);
-    FrontendView {
-        address: format!("{address}/{}", protocol_name(frontend.proto)),
-        kind: kind_name(frontend.kind),
-        service: key.to_string(),
-        port_name: frontend.port_name.clone(),
-        scope,
-        status: status.to_owned(),
-        backends: set.backends.iter().map(backend).collect(),
     }
 }
 
-/// `TCP`, `UDP`, `SCTP`, `ANY`
-pub fn protocol_name(protocol: u8) -> &'static str {
-    match protocol {
-        proto::TCP => "TCP",
-        proto::UDP => "UDP",
-        proto::SCTP => "SCTP",
-        _ => "ANY",
-    }
-}
-
-/// As in `kinesin services`.
-pub fn kind_name(kind: FrontendKind) -> &'static str {
-    match kind {
+fn kind_name(frontend: &Frontend) -> &'static str {
+    match frontend.kind {
         FrontendKind::ClusterIp => "ClusterIP",
         FrontendKind::NodePort => "NodePort",
         FrontendKind::LoadBalancer => "LoadBalancer",
@@ -67,13 +68,7 @@ pub fn kind_name(kind: FrontendKind) -> &'static str {
     }
 }
 
-/// As in `kinesin services`.
-pub fn state_name(state: BackendState) -> &'static str {
-    match state {
-        BackendState::Free => "free",
-        BackendState::Active => "active",
-        BackendState::Terminating => "terminating",
-        BackendState::TerminatingNotServing => "terminating-not-serving",
-        BackendState::Maintenance => "maintenance",
-    }
+/// `10.96.0.1:80`, `[fd00::1]:80`.
+pub fn address_text(addr: IpAddr, port: u16) -> String {
+    std::net::SocketAddr::new(addr, port).to_string()
 }
