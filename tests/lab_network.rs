@@ -8,6 +8,8 @@ mod adapters;
 mod lifetime;
 #[path = "node/load.rs"]
 mod load;
+#[path = "node/objects.rs"]
+mod objects;
 #[path = "node/paths.rs"]
 mod paths;
 

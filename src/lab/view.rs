@@ -74,15 +74,22 @@ impl Screen {
         if !self.terminal {
             return;
         }
-        let mut text = picture.to_text(true);
-        text.push('\n');
-        for event in &self.events {
-            text.push_str(event);
-            text.push('\n');
+        let (columns, rows) = terminal_size();
+        let mut lines: Vec<String> = picture.to_text(true).lines().map(str::to_string).collect();
+        lines.push(String::new());
+        // The tables matter more than what happened long ago.
+        let room = rows.saturating_sub(lines.len() + 1);
+        lines.extend(self.events.iter().skip(self.events.len().saturating_sub(room)).cloned());
+        // A line that wraps or a picture that scrolls could not be drawn over.
+        for line in lines.iter_mut().filter(|line| !line.contains('\x1b')) {
+            if let Some((end, _)) = line.char_indices().nth(columns) {
+                line.truncate(end);
+            }
         }
+        lines.truncate(rows.saturating_sub(1));
         self.clear();
-        write_out(&text);
-        self.drawn_lines = text.lines().count();
+        self.drawn_lines = lines.len();
+        write_out(&format!("{}\n", lines.join("\n")));
     }
 
     /// Takes the last picture off the screen.
@@ -93,6 +100,17 @@ impl Screen {
         }
         self.drawn_lines = 0;
     }
+}
+
+/// Columns and rows of the terminal at standard output; what is common when it does not say.
+fn terminal_size() -> (usize, usize) {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize, which outlives the call.
+    let result = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
+    if result != 0 || size.ws_col == 0 || size.ws_row == 0 {
+        return (100, 50);
+    }
+    (size.ws_col.into(), size.ws_row.into())
 }
 
 /// A closed pipe is no reason to leave namespaces behind.
@@ -167,4 +185,44 @@ fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(lan_mac: Option<[u8; 6]>) -> Picture {
+        let vip = Vip {
+            address: "10.0.0.100".into(),
+            services: "default/web".into(),
+            owner: "node-2".into(),
+            owner_mac: Some([2; 6]),
+            lan_mac,
+        };
+        let totals = Totals { backends: BTreeMap::from([("pod-1-1".into(), 7)]), ..Totals::default() };
+        let pods = vec![("pod-1-1".into(), "node-1".into(), true), ("pod-2-1".into(), "node-2".into(), false)];
+        Picture { up: Duration::from_secs(61), vips: vec![vip], pods, totals }
+    }
+
+    #[test]
+    fn the_table_says_whose_mac_the_lan_sees() {
+        let with = |mac| picture(mac).to_text(false);
+        assert!(with(Some([2; 6])).contains("02:02:02:02:02:02   the owner's"), "{}", with(Some([2; 6])));
+        assert!(with(Some([3; 6])).contains("NOT the owner's"));
+        assert!(with(None).contains("not asked yet"));
+    }
+
+    #[test]
+    fn every_backend_has_a_row_with_its_requests_also_when_it_has_none() {
+        let text = picture(None).to_text(false);
+        let row = |pod: &str| text.lines().find(|line| line.contains(pod)).expect(pod).to_string();
+        assert!(row("pod-1-1").contains(" 7 ") && row("pod-1-1").contains('█'), "{text}");
+        assert!(row("pod-2-1").contains(" 0 ") && !row("pod-2-1").contains('█'), "{text}");
+        assert!(text.contains("up 1:01"));
+    }
+
+    #[test]
+    fn without_colours_there_is_no_escape_sequence() {
+        assert!(!picture(Some([3; 6])).to_text(false).contains('\x1b'));
+    }
 }

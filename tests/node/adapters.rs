@@ -160,6 +160,46 @@ async fn the_link_monitor_ends_with_the_truth_after_a_storm_of_changes() {
     assert_eq!(seen, rtnl.device("eth0").await.unwrap());
 }
 
+/// Notifications that the kernel dropped because a netlink socket of the namespace was full.
+fn dropped_notifications(netns: &Netns) -> u64 {
+    let table = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap()).unwrap();
+    // Columns: sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
+    table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok()).sum()
+}
+
+#[tokio::test]
+async fn the_link_monitor_recovers_when_the_kernel_had_to_drop_notifications() {
+    let lab = lab("overrun").nodes(1).build().await.unwrap();
+    let netns = lab.node(1).netns();
+    let monitor = netns.run(LinkMonitor::open_here).unwrap().unwrap();
+    let mut snapshots = monitor.watch();
+    let eth0 = see(&mut snapshots, "eth0", |d| d.name == "eth0").await;
+    // This blocks the test's runtime, so the monitor reads nothing meanwhile.
+    let storm = async {
+        let rtnl = Rtnl::open().unwrap();
+        for round in 0..40_000 {
+            if round % 100 == 0 && dropped_notifications(netns) > 0 {
+                break;
+            }
+            rtnl.set_down(eth0.ifindex).await.unwrap();
+            rtnl.set_up(eth0.ifindex).await.unwrap();
+        }
+        rtnl.add_address(eth0.ifindex, "10.0.0.88/32".parse().unwrap()).await.unwrap();
+    };
+    netns
+        .run(|| {
+            // Not inside the context of the test's runtime, which run() has entered.
+            let thread = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(storm);
+            std::thread::scope(|scope| scope.spawn(thread).join().unwrap());
+        })
+        .unwrap();
+    assert!(dropped_notifications(netns) > 0, "nothing was dropped, so this test proves nothing");
+    see(&mut snapshots, "the last change", |d| d.addresses.contains(&"10.0.0.88/32".parse().unwrap())).await;
+    // And it still listens.
+    lab.node(1).cut_link().await.unwrap();
+    see(&mut snapshots, "a later change", |d| d.name == "eth0" && !d.running).await;
+}
+
 #[tokio::test]
 async fn a_gratuitous_arp_arrives_on_the_lan_as_a_broadcast_request_for_the_address_itself() {
     let lab = lab("garp").nodes(1).build().await.unwrap();
