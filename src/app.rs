@@ -63,6 +63,7 @@ pub fn run(inputs: Inputs) -> anyhow::Result<()> {
 
 async fn agent(inputs: Inputs) -> anyhow::Result<()> {
     let (config, report) = config::load(&inputs)?;
+    report.log();
     let metrics = crate::metrics::install().context("install the metrics recorder")?;
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), source = %config.source.kind, generation = config.generation, "starting");
     let source = connect(&config).await?;
@@ -71,7 +72,7 @@ async fn agent(inputs: Inputs) -> anyhow::Result<()> {
     let report = Level::with(report);
     let vip_owner = Address::new("vip_owner");
     let answers = Answers::new(world.clone(), source.clone(), report.clone(), metrics, vip_owner.clone());
-    let args = ConfigWatcherArgs { world: world.clone(), inputs: Arc::new(inputs), report };
+    let args = ConfigWatcherArgs { world: world.clone(), source: source.clone(), inputs: Arc::new(inputs), report };
     let root = tree(&world, &source, vip_owner, args, answers.clone());
     answers.set_tree(root.clone());
     let mut tree = Tree::start(root).await?;

@@ -13,6 +13,7 @@ use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
 use crate::config::{self, Inputs, Report};
 use crate::level::Level;
+use crate::source::Source;
 use crate::world::World;
 
 /// What the watcher hears.
@@ -32,6 +33,8 @@ impl Label for ConfigWatcherMsg {
 pub struct ConfigWatcherArgs {
     /// The level that it writes.
     pub world: World,
+    /// Its rate limit is a setting.
+    pub source: Arc<dyn Source>,
     /// Where settings come from.
     pub inputs: Arc<Inputs>,
     /// The latest report, for status.
@@ -64,13 +67,15 @@ impl Actor for ConfigWatcher {
     }
 
     async fn handle(&mut self, ConfigWatcherMsg::Changed: ConfigWatcherMsg) -> Result<(), Failure> {
-        let ConfigWatcherArgs { world, inputs, report } = &self.args;
+        let ConfigWatcherArgs { world, source, inputs, report } = &self.args;
         let last_good = world.config();
         let reloaded = config::reload(inputs, &last_good);
         world.problems.set("configuration", reloaded.report.problems());
         report.set(reloaded.report);
         if world.config.set(reloaded.config) {
             let generation = world.config().generation.clone();
+            config::logging::set_level(world.config().observe.log_level());
+            source.set_rate_limit(world.config().kubernetes.qps.into(), world.config().kubernetes.burst);
             tracing::info!(keys = reloaded.changed_keys.join(" "), generation, "configuration applied");
             metrics::counter!("kinesin_config_reloads_total").increment(1);
         }

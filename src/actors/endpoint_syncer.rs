@@ -147,6 +147,7 @@ fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -
             config::Algorithm::Maglev => services::Algorithm::Maglev,
         },
         proxy_name: config.services.proxy_name.as_str().into(),
+        default_lb_ipam: config.lb_ipam.default_for == config::DefaultIpam::LbIpam,
         ..NodeContext::default()
     }
 }

@@ -144,7 +144,7 @@ impl Loader {
         update_settings(&*self.loaded.store, |settings| {
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
-            settings.maglev_seed = seed(&config).jhash_v4;
+            settings.maglev_seed = seed(&config).jhash;
         })?;
         Ok(())
     }

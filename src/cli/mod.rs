@@ -8,6 +8,7 @@ mod config;
 mod debug;
 mod dump;
 mod get;
+mod lab;
 mod output;
 mod services;
 mod status;
@@ -42,7 +43,7 @@ enum Command {
     Config(config::Args),
     Debug(debug::Args),
     Version(version::Args),
-    // lab, lab-serve (hidden) and lab-client (hidden) have their place here.
+    Lab(lab::Args),
 }
 
 /// Why a command failed; the variants are the exit codes.
@@ -91,6 +92,7 @@ pub fn main() -> ExitCode {
         Command::Config(args) => config::run(&args),
         Command::Debug(args) => debug::run(&args),
         Command::Version(args) => version::run(&args),
+        Command::Lab(args) => lab::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,7 +5,6 @@
 
 pub mod arp;
 pub mod cgroup;
-pub mod clock;
 pub mod garp;
 pub mod links;
 pub mod netns;

@@ -91,6 +91,9 @@ pub trait Source: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    /// Changes `k8s-client-qps` and `k8s-client-burst`, where there is a client.
+    fn set_rate_limit(&self, _qps: f64, _burst: u32) {}
+
     /// How the source is doing, for status and metrics.
     fn health(&self) -> SourceHealth;
 }

@@ -112,11 +112,6 @@ impl KubernetesSource {
         Ok(Arc::new(Self { shared: Arc::new(shared) }))
     }
 
-    /// Changes `k8s-client-qps` and `k8s-client-burst`, also for calls that wait already.
-    pub fn set_rate_limit(&self, qps: f64, burst: u32) {
-        self.shared.servers.limiter.set(qps, burst);
-    }
-
     /// A client for the API server in use, for what [`Source`] does not offer.
     pub fn client(&self) -> kube::Client {
         self.shared.servers.client()
@@ -192,6 +187,11 @@ impl Source for KubernetesSource {
 
     fn delete_lease<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), WriteError>> {
         write::delete_lease(&self.shared, name).boxed()
+    }
+
+    /// Also for calls that wait already.
+    fn set_rate_limit(&self, qps: f64, burst: u32) {
+        self.shared.servers.limiter.set(qps, burst);
     }
 
     fn register_kinds(&self) -> BoxFuture<'_, Result<(), super::crds::RegisterError>> {
