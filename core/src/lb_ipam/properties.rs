@@ -69,7 +69,7 @@ fn service(index: u8, shape: &Shape) -> Service {
     }
     if let Some(which) = shape.share {
         annotations.insert("lbipam.cilium.io/sharing-key".into(), json!(if which { "k" } else { "l" }));
-        if index % 2 == 0 {
+        if index.is_multiple_of(2) {
             annotations.insert("lbipam.cilium.io/sharing-cross-namespace".into(), json!("*"));
         }
     }

@@ -229,7 +229,8 @@ fn a_tampered_status_is_put_right() {
 
 #[test]
 fn blocks_are_read_as_written() {
-    let cases: &[(serde_json::Value, Result<(&str, &str), &str>)] = &[
+    type Expected = Result<(&'static str, &'static str), &'static str>;
+    let cases: &[(serde_json::Value, Expected)] = &[
         (json!({"cidr": "10.0.0.7/24"}), Ok(("10.0.0.0", "10.0.0.255"))),
         (json!({"cidr": "10.0.0.7"}), Ok(("10.0.0.7", "10.0.0.7"))),
         (json!({"cidr": "2001:db8::/64"}), Ok(("2001:db8::", "2001:db8::ffff:ffff:ffff:ffff"))),
