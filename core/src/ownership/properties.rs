@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::tests::{device, members, policy, record, service};
 use super::*;
+use crate::objects::Object;
 
 /// The nodes and what they have told each other.
 struct Cluster {
