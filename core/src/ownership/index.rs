@@ -202,10 +202,17 @@ impl Ownership {
                 false => policy.nodes.insert(node.clone(), devices),
             };
             if old.as_ref() != policy.nodes.get(node) {
-                for key in &policy.services {
-                    if let Some(entry) = self.services.get(key) {
-                        self.dirty.extend(entry.offers.keys());
-                    }
+                self.stirred_policies.insert(name.clone());
+            }
+        }
+    }
+
+    /// Looks again at the addresses of policies whose nodes have changed: once, however many nodes came or went.
+    pub(super) fn expand_policies(&mut self) {
+        for name in std::mem::take(&mut self.stirred_policies) {
+            for key in self.policies.get(&name).into_iter().flat_map(|policy| &policy.services) {
+                if let Some(entry) = self.services.get(key) {
+                    self.dirty.extend(entry.offers.keys());
                 }
             }
         }

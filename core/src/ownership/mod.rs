@@ -227,8 +227,12 @@ pub struct Ownership {
     addresses: BTreeMap<IpAddr, AddressEntry>,
     /// Announcements to come: when, what, where; and how many after it.
     schedule: BTreeMap<(Instant, IpAddr, u32), (DeviceId, u8)>,
+    /// Addresses to look at again.
     dirty: BTreeSet<IpAddr>,
+    /// Policies whose conditions to look at again.
     dirty_policies: BTreeSet<SmolStr>,
+    /// Policies whose nodes have changed.
+    stirred_policies: BTreeSet<SmolStr>,
 }
 
 impl Ownership {
@@ -252,6 +256,7 @@ impl Ownership {
             schedule: BTreeMap::new(),
             dirty: BTreeSet::new(),
             dirty_policies: BTreeSet::new(),
+            stirred_policies: BTreeSet::new(),
         }
     }
 
@@ -282,6 +287,7 @@ impl Ownership {
             }
             Input::Tick => {}
         }
+        self.expand_policies();
         self.settle(now);
         self.run_schedule(now, &mut effects);
         if self.synced_at.is_some() {
