@@ -1,5 +1,8 @@
 //! `metav1.LabelSelector`.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};

@@ -21,7 +21,8 @@ fn names(devices: &[&Device]) -> Vec<String> {
 fn each_automatic_rule_excludes_what_it_is_for() {
     let good = || eth("eth0", 2, &["192.0.2.1/24"]);
     assert_eq!(unsuitable(&good()), None);
-    let cases: &[(&str, fn(&mut Device))] = &[
+    type Spoil = fn(&mut Device);
+    let cases: &[(&str, Spoil)] = &[
         ("no addresses", |d| d.addresses.clear()),
         ("down", |d| d.up = false),
         ("slave", |d| d.is_slave = true),

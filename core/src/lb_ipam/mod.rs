@@ -9,6 +9,7 @@
 //! latest effect per object until it has landed), node addresses as LoadBalancer addresses (Node-IPAM).
 
 mod allocate;
+mod events;
 mod pools;
 mod range;
 mod request;
@@ -26,8 +27,8 @@ use std::sync::Arc;
 
 use smol_str::SmolStr;
 
-use crate::objects::{Condition, Object, ObjectKey, Pool, Service};
-use pools::{PoolState, PoolTable};
+use crate::objects::{Condition, ObjectKey, Pool, Service};
+use pools::PoolTable;
 pub use range::Count;
 use request::Request;
 pub use status::{
@@ -268,159 +269,5 @@ impl Allocator {
     /// Without a pool nothing is written: another controller may be at work (R18).
     fn is_active(&self) -> bool {
         self.synced && !self.pools.is_empty()
-    }
-
-    fn pool_upserted(&mut self, pool: Arc<Pool>) {
-        let name = pool.key().name;
-        let before = self.pools.get(&name).map(|state| Arc::clone(&state.pool));
-        if before.as_ref().is_some_and(|old| old == &pool) {
-            return;
-        }
-        let was_active = self.is_active();
-        let same_spec = before.is_some_and(|old| {
-            old.spec == pool.spec && old.metadata.creation_timestamp == pool.metadata.creation_timestamp
-        });
-        let old = self.pools.upsert(pool);
-        self.emitted_pools.remove(&name);
-        self.dirty_pools.insert(name.clone());
-        if !self.synced || same_spec {
-            return;
-        }
-        self.recount(&name);
-        match was_active {
-            true => self.pools_changed(old),
-            false => self.bootstrap(),
-        }
-    }
-
-    fn pool_removed(&mut self, name: &SmolStr) {
-        let Some(old) = self.pools.remove(name) else { return };
-        self.taken_in_pool.remove(name);
-        self.emitted_pools.remove(name);
-        self.dirty_pools.remove(name);
-        if self.synced {
-            self.pools_changed(Some(old));
-        }
-    }
-
-    /// Takes back what the pools no longer give, from satisfied Services first, and then serves those who lack something.
-    fn pools_changed(&mut self, old: Option<PoolState>) {
-        let mut affected = BTreeSet::new();
-        for range in old.iter().flat_map(|pool| &pool.ranges) {
-            for (_, keys) in self.holders.range(range.span.first..=range.span.last) {
-                affected.extend(keys.iter().cloned());
-            }
-        }
-        for key in &affected {
-            self.revalidate(key);
-        }
-        let names: Vec<_> = self.pools.iter().map(|pool| pool.name().clone()).collect();
-        self.dirty_pools.extend(names);
-        self.serve_waiting(true);
-    }
-
-    fn service_upserted(&mut self, service: Arc<Service>) {
-        let key = service.key();
-        let request = Request::read(&service, &self.config);
-        let has_condition = service.status.conditions.iter().any(|c| c.kind == CONDITION_SATISFIED);
-        let first_seen = match self.services.remove(&key) {
-            Some(entry) if entry.service == service => {
-                self.services.insert(key, entry);
-                return;
-            }
-            Some(mut entry) => {
-                self.matching -= usize::from(entry.request.handled);
-                self.unsatisfied.remove(&entry.rank());
-                let stirs = entry.request != request;
-                let old_group = std::mem::replace(&mut entry.request, request).sharing_key;
-                entry.service = service;
-                entry.emitted = None;
-                self.matching += usize::from(entry.request.handled);
-                let held = entry.held.clone();
-                let group = entry.request.sharing_key.clone();
-                self.services.insert(key.clone(), entry);
-                for ip in held {
-                    self.leave_group(old_group.as_ref(), ip);
-                    self.join_group(group.as_ref(), ip);
-                    if stirs {
-                        self.stirred.insert(ip);
-                    }
-                }
-                false
-            }
-            None => {
-                self.matching += usize::from(request.handled);
-                let ours = request.handled || has_condition;
-                let (held, given_up, condition, emitted) = (Vec::new(), Vec::new(), None, None);
-                let entry = Entry { service, request, held, given_up, condition, ours, emitted };
-                self.services.insert(key.clone(), entry);
-                true
-            }
-        };
-        if self.is_active() {
-            self.reconcile(&key, first_seen);
-            self.serve_waiting(false);
-        }
-    }
-
-    fn service_removed(&mut self, key: &ObjectKey) {
-        self.release_all(key);
-        self.dirty_services.remove(key);
-        if let Some(entry) = self.services.remove(key) {
-            self.matching -= usize::from(entry.request.handled);
-            self.unsatisfied.remove(&entry.rank());
-        }
-        if self.is_active() {
-            self.serve_waiting(false);
-        }
-    }
-
-    fn node_addresses_changed(&mut self, addresses: BTreeSet<IpAddr>) {
-        let addresses: BTreeSet<IpAddr> = addresses.into_iter().map(|ip| ip.to_canonical()).collect();
-        let old = std::mem::take(&mut self.node_addresses);
-        for &ip in old.difference(&addresses) {
-            self.stirred.insert(ip);
-            if !self.holders.contains_key(&ip) {
-                self.vacate(ip);
-            }
-        }
-        for &ip in addresses.difference(&old) {
-            self.stirred.insert(ip);
-            if !self.holders.contains_key(&ip) {
-                self.occupy(ip);
-            }
-        }
-        let added: Vec<IpAddr> = addresses.difference(&old).copied().collect();
-        self.node_addresses = addresses;
-        if !self.is_active() {
-            return;
-        }
-        for ip in added {
-            for key in self.holders.get(&ip).cloned().unwrap_or_default() {
-                self.revalidate(&key);
-            }
-        }
-        self.serve_waiting(false);
-    }
-
-    /// First decisions: what Services already have, then what they lack.
-    fn bootstrap(&mut self) {
-        let names: Vec<SmolStr> = self.pools.iter().map(|pool| pool.name().clone()).collect();
-        for name in &names {
-            self.recount(name);
-        }
-        self.dirty_pools.extend(names);
-        if !self.is_active() {
-            return;
-        }
-        let mut ranks: Vec<Rank> = self.services.values().map(Entry::rank).collect();
-        ranks.sort();
-        for (_, key) in &ranks {
-            self.import(key, true);
-        }
-        for (_, key) in &ranks {
-            self.reconcile(key, false);
-        }
-        self.serve_waiting(false);
     }
 }

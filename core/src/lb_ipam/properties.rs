@@ -69,7 +69,7 @@ fn service(index: u8, shape: &Shape) -> Service {
     }
     if let Some(which) = shape.share {
         annotations.insert("lbipam.cilium.io/sharing-key".into(), json!(if which { "k" } else { "l" }));
-        if index % 2 == 0 {
+        if index.is_multiple_of(2) {
             annotations.insert("lbipam.cilium.io/sharing-cross-namespace".into(), json!("*"));
         }
     }
@@ -224,5 +224,23 @@ proptest! {
         let ((one, effects), (two, reversed)) = (world.restarted(false), world.restarted(true));
         prop_assert_eq!(effects, reversed);
         prop_assert_eq!(one.holders, two.holders);
+    }
+
+    #[test]
+    fn no_text_in_a_pool_or_a_request_makes_it_panic(
+        texts in prop::collection::vec("[0-9a-f:./ -]{0,12}|::|::/0|0.0.0.0/0|255.255.255.255|ffff::|.{0,8}", 6),
+    ) {
+        let mut world = World::new();
+        let spec = json!({
+            "allowFirstLastIPs": "No",
+            "blocks": [{"cidr": texts[0]}, {"start": texts[1], "stop": texts[2]}, {"start": texts[3]}, {"cidr": "::/0"}],
+        });
+        world.put_pool(pool("p", &texts[4], spec));
+        let object = json!({
+            "metadata": {"name": "s", "annotations": {"lbipam.cilium.io/ips": texts[4]}},
+            "spec": {"type": "LoadBalancer", "loadBalancerIP": texts[5]},
+        });
+        world.put(serde_json::from_value(object).unwrap());
+        prop_assert_eq!(world.restarted(true).1, vec![]);
     }
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::range::{Count, parse_block};
 use super::*;
-use crate::objects::{IngressEntry, PoolBlock};
+use crate::objects::{IngressEntry, Object, PoolBlock};
 
 pub(super) fn pool(name: &str, created: &str, spec: serde_json::Value) -> Arc<Pool> {
     let object = json!({"metadata": {"name": name, "creationTimestamp": created}, "spec": spec});
@@ -229,7 +229,8 @@ fn a_tampered_status_is_put_right() {
 
 #[test]
 fn blocks_are_read_as_written() {
-    let cases: &[(serde_json::Value, Result<(&str, &str), &str>)] = &[
+    type Expected = Result<(&'static str, &'static str), &'static str>;
+    let cases: &[(serde_json::Value, Expected)] = &[
         (json!({"cidr": "10.0.0.7/24"}), Ok(("10.0.0.0", "10.0.0.255"))),
         (json!({"cidr": "10.0.0.7"}), Ok(("10.0.0.7", "10.0.0.7"))),
         (json!({"cidr": "2001:db8::/64"}), Ok(("2001:db8::", "2001:db8::ffff:ffff:ffff:ffff"))),
@@ -392,6 +393,22 @@ fn an_address_in_use_is_waited_for() {
     world.put(service("b", json!({"loadBalancerIP": "10.0.0.101"})));
     assert_eq!(world.ips("b"), ["10.0.0.101"]);
     assert_eq!(world.counts("first-pool")[1], "1");
+}
+
+#[test]
+fn who_waits_is_told_the_truth_when_others_join() {
+    let mut world = World::new();
+    world.put_pool(guide_pool());
+    let shared = |name: &str, port: u16| {
+        annotated(name, json!({"ports": [{"port": port}]}), json!({"lbipam.cilium.io/sharing-key": "k"}))
+    };
+    world.put(shared("m", 80));
+    world.put(service("waits", json!({"loadBalancerIP": "10.0.0.100"})));
+    assert!(world.why("waits").2.contains("'default/m'"));
+    world.put(shared("a", 81));
+    assert_eq!(world.ips("a"), ["10.0.0.100"]);
+    assert!(world.why("waits").2.contains("'default/a'"));
+    assert_eq!(world.restarted(false).1, [], "a new leader says the same");
 }
 
 #[test]

@@ -13,8 +13,10 @@ pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointSlice {
     /// `metadata`
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `IPv4`, `IPv6` or `FQDN`
+    #[serde(deserialize_with = "null_default")]
     pub address_type: SmolStr,
     /// `endpoints`
     #[serde(deserialize_with = "null_default")]
@@ -78,6 +80,7 @@ pub struct EndpointHints {
 #[serde(default)]
 pub struct ForName {
     /// The name.
+    #[serde(deserialize_with = "null_default")]
     pub name: SmolStr,
 }
 

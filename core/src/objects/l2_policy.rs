@@ -11,10 +11,13 @@ use crate::selector::LabelSelector;
 #[serde(default)]
 pub struct L2Policy {
     /// `metadata`; the kind is cluster-scoped.
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `spec`
+    #[serde(deserialize_with = "null_default")]
     pub spec: L2PolicySpec,
     /// `status`
+    #[serde(deserialize_with = "null_default")]
     pub status: L2PolicyStatus,
 }
 object!(
@@ -41,10 +44,10 @@ pub struct L2PolicySpec {
     #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]
     pub interfaces: Vec<SmolStr>,
     /// Announce `spec.externalIPs`.
-    #[serde(rename = "externalIPs")]
+    #[serde(rename = "externalIPs", deserialize_with = "null_default")]
     pub external_ips: bool,
     /// Announce `status.loadBalancer.ingress[].ip`.
-    #[serde(rename = "loadBalancerIPs")]
+    #[serde(rename = "loadBalancerIPs", deserialize_with = "null_default")]
     pub load_balancer_ips: bool,
 }
 

@@ -3,15 +3,17 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::{Meta, object};
+use super::{Meta, null_default, object};
 
 /// A Lease: the cluster-wide duties, or a node's presence.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Lease {
     /// `metadata`; presence carries the node's [`crate::presence::Record`] in an annotation.
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `spec`
+    #[serde(deserialize_with = "null_default")]
     pub spec: LeaseSpec,
 }
 object!(Lease, "Lease", ["coordination.k8s.io/v1"], "leases", namespaced: true);

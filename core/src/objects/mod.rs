@@ -9,8 +9,12 @@ mod lease;
 mod node;
 mod pool;
 mod service;
+#[cfg(test)]
+mod tests;
 
-pub use endpoint_slice::{Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForName};
+pub use endpoint_slice::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForName, SERVICE_NAME_LABEL,
+};
 pub use l2_policy::{L2Policy, L2PolicySpec, L2PolicyStatus};
 pub use lease::{Lease, LeaseSpec};
 pub use node::{Node, NodeAddress, NodeSpec, NodeStatus, Taint};
@@ -34,21 +38,22 @@ pub type StringMap = BTreeMap<SmolStr, SmolStr>;
 #[serde(rename_all = "camelCase", default)]
 pub struct Meta {
     /// `metadata.name`
+    #[serde(deserialize_with = "null_default")]
     pub name: SmolStr,
     /// `metadata.namespace`; empty for cluster-scoped objects, also when a manifest carries one.
-    #[serde(skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub namespace: SmolStr,
     /// `metadata.uid`
-    #[serde(skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub uid: SmolStr,
     /// `metadata.resourceVersion`
-    #[serde(skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub resource_version: SmolStr,
     /// `metadata.generation`; 0 when absent.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero", deserialize_with = "null_default")]
     pub generation: i64,
     /// `metadata.creationTimestamp`, RFC 3339 in UTC, so that lexical order is temporal order; empty when absent.
-    #[serde(skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub creation_timestamp: SmolStr,
     /// `metadata.deletionTimestamp`
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -153,18 +158,21 @@ pub(crate) use object;
 #[serde(rename_all = "camelCase", default)]
 pub struct Condition {
     /// `True`, `False` or `Unknown` is about this.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "null_default")]
     pub kind: String,
     /// `True`, `False` or `Unknown`.
+    #[serde(deserialize_with = "null_default")]
     pub status: String,
     /// One CamelCase word (or Cilium's snake_case one).
+    #[serde(deserialize_with = "null_default")]
     pub reason: String,
     /// For people.
+    #[serde(deserialize_with = "null_default")]
     pub message: String,
     /// Generation of the spec that this was computed from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// RFC 3339; set by whoever writes it out, when the status changes.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(skip_serializing_if = "String::is_empty", deserialize_with = "null_default")]
     pub last_transition_time: String,
 }

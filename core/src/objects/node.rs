@@ -10,10 +10,13 @@ use super::{Meta, null_default, object};
 #[serde(default)]
 pub struct Node {
     /// `metadata`
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `spec`
+    #[serde(deserialize_with = "null_default")]
     pub spec: NodeSpec,
     /// `status`
+    #[serde(deserialize_with = "null_default")]
     pub status: NodeStatus,
 }
 object!(Node, "Node", ["v1"], "nodes", namespaced: false);
@@ -23,6 +26,7 @@ object!(Node, "Node", ["v1"], "nodes", namespaced: false);
 #[serde(rename_all = "camelCase", default)]
 pub struct NodeSpec {
     /// Cordoned.
+    #[serde(deserialize_with = "null_default")]
     pub unschedulable: bool,
     /// `taints`
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
@@ -34,8 +38,10 @@ pub struct NodeSpec {
 #[serde(default)]
 pub struct Taint {
     /// `key`
+    #[serde(deserialize_with = "null_default")]
     pub key: SmolStr,
     /// `effect`
+    #[serde(deserialize_with = "null_default")]
     pub effect: SmolStr,
 }
 
@@ -53,8 +59,9 @@ pub struct NodeStatus {
 #[serde(default)]
 pub struct NodeAddress {
     /// `InternalIP`, `ExternalIP`, `Hostname`, …
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "null_default")]
     pub kind: SmolStr,
     /// The address.
+    #[serde(deserialize_with = "null_default")]
     pub address: SmolStr,
 }

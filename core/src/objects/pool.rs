@@ -11,10 +11,13 @@ use crate::selector::LabelSelector;
 #[serde(default)]
 pub struct Pool {
     /// `metadata`; the kind is cluster-scoped.
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `spec`
+    #[serde(deserialize_with = "null_default")]
     pub spec: PoolSpec,
     /// `status`
+    #[serde(deserialize_with = "null_default")]
     pub status: PoolStatus,
 }
 object!(
@@ -40,6 +43,7 @@ pub struct PoolSpec {
     #[serde(rename = "allowFirstLastIPs", skip_serializing_if = "Option::is_none")]
     pub allow_first_last_ips: Option<YesNo>,
     /// No new allocations; existing ones stay.
+    #[serde(deserialize_with = "null_default")]
     pub disabled: bool,
 }
 

@@ -12,10 +12,13 @@ use super::{Condition, Meta, StringMap, null_default, object};
 #[serde(default)]
 pub struct Service {
     /// `metadata`
+    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
     /// `spec`
+    #[serde(deserialize_with = "null_default")]
     pub spec: ServiceSpec,
     /// `status`
+    #[serde(deserialize_with = "null_default")]
     pub status: ServiceStatus,
 }
 object!(Service, "Service", ["v1"], "services", namespaced: true);
@@ -25,10 +28,10 @@ object!(Service, "Service", ["v1"], "services", namespaced: true);
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// `spec.type`
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "null_default")]
     pub kind: ServiceType,
     /// First of `clusterIPs`, or `None` for headless Services; kept for manifests that have only this one.
-    #[serde(rename = "clusterIP", skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(rename = "clusterIP", skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub cluster_ip: SmolStr,
     /// `spec.clusterIPs`
     #[serde(rename = "clusterIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
@@ -37,7 +40,7 @@ pub struct ServiceSpec {
     #[serde(rename = "externalIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
     pub external_ips: Vec<SmolStr>,
     /// `spec.loadBalancerIP`
-    #[serde(rename = "loadBalancerIP", skip_serializing_if = "SmolStr::is_empty")]
+    #[serde(rename = "loadBalancerIP", skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub load_balancer_ip: SmolStr,
     /// `spec.loadBalancerClass`
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,10 +61,13 @@ pub struct ServiceSpec {
     #[serde(skip_serializing_if = "StringMap::is_empty", deserialize_with = "null_default")]
     pub selector: StringMap,
     /// `spec.externalTrafficPolicy`
+    #[serde(deserialize_with = "null_default")]
     pub external_traffic_policy: TrafficPolicy,
     /// `spec.internalTrafficPolicy`
+    #[serde(deserialize_with = "null_default")]
     pub internal_traffic_policy: TrafficPolicy,
     /// `spec.sessionAffinity`
+    #[serde(deserialize_with = "null_default")]
     pub session_affinity: Affinity,
     /// `spec.sessionAffinityConfig`
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,6 +79,7 @@ pub struct ServiceSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocate_load_balancer_node_ports: Option<bool>,
     /// `spec.publishNotReadyAddresses`
+    #[serde(deserialize_with = "null_default")]
     pub publish_not_ready_addresses: bool,
     /// `spec.trafficDistribution`
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -146,9 +153,10 @@ pub struct ServicePort {
     #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub protocol: SmolStr,
     /// Where clients connect to.
+    #[serde(deserialize_with = "null_default")]
     pub port: u16,
     /// `nodePort`; 0 for none.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero", deserialize_with = "null_default")]
     pub node_port: u16,
     /// Resolved by the EndpointSlice controller; used here only where no slices exist.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::tests::{device, members, policy, record, service};
 use super::*;
+use crate::objects::Object;
 
 /// The nodes and what they have told each other.
 struct Cluster {
@@ -207,31 +208,47 @@ proptest! {
 
     #[test]
     fn nodes_that_claim_the_same_settle_it_at_once(claims in prop::collection::vec(0..4096u16, 5)) {
-        // As after a partition has healed: any set of nodes claims any set of addresses.
+        // As after a partition has healed: any set of nodes answers for any set of addresses.
         let mut cluster = Cluster::new();
         for (n, bits) in claims.iter().enumerate() {
-            cluster.join(n as u8, &BTreeMap::new());
-            let restored = (0..12u8).filter(|i| bits & (1 << i) != 0).map(|i| IpAddr::V4([10, 0, 0, i].into()));
             let node = name(n as u8);
             let mut alone = Ownership::new(node.as_str());
-            let now = cluster.now;
-            alone.step(Input::Devices(vec![device("eth0", 2)]), now);
-            alone.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))), now);
-            for service in services() {
-                let mine = service.ingress_addresses().all(|ip| restored.clone().any(|r| r == ip));
-                if mine {
-                    alone.step(Input::ServiceUpserted(service), now);
-                }
+            let all = services();
+            let mine = all.iter().take(12).enumerate().filter(|(i, _)| bits & (1 << i) != 0).map(|(_, s)| s);
+            let inputs = [
+                Input::Devices(vec![device("eth0", 2)]),
+                Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))),
+                Input::Members(members([])),
+                Input::Synced,
+            ];
+            let anywhere = Placement { anywhere: true, ..Placement::default() };
+            let placed = all.iter().map(|s| Input::Placed { service: s.key(), placement: anywhere.clone() });
+            for input in inputs.into_iter().chain(placed).chain(mine.cloned().map(Input::ServiceUpserted)) {
+                alone.step(input, cluster.now);
             }
-            alone.step(Input::Members(members([])), now);
-            alone.step(Input::Synced, now);
+            prop_assert_eq!(alone.claims().len(), (bits & 0xfff).count_ones() as usize);
+            let claims = alone.claims();
+            cluster.nodes.insert(node.clone(), (alone, record(&node, &claims)));
+        }
+        let members = cluster.members();
+        for node in cluster.nodes.keys().cloned().collect::<Vec<_>>() {
+            cluster.step(&node, Input::Members(members.clone()));
             for service in services() {
-                alone.step(Input::ServiceUpserted(service), now);
+                cluster.step(&node, Input::ServiceUpserted(service));
             }
-            cluster.nodes.insert(node.clone(), (alone, record(&node, &[])));
         }
         cluster.exchange()?;
-        prop_assert!(cluster.answering().values().all(|nodes| nodes.len() == 1));
+        let answering = cluster.answering();
+        prop_assert_eq!(answering.len(), 12);
+        for (addr, nodes) in answering {
+            // Those who had it keep it, the highest weight among them.
+            let index = addr.to_string().rsplit('.').next().and_then(|n| n.parse::<u16>().ok()).unwrap();
+            let mut had: Vec<String> =
+                (0..5u8).filter(|n| claims[usize::from(*n)] & (1 << index) != 0).map(name).collect();
+            had.sort_by_key(|node| weight(addr, node));
+            prop_assert_eq!(nodes.len(), 1);
+            prop_assert!(had.last().is_none_or(|best| *best == nodes[0]));
+        }
     }
 
     #[test]
