@@ -4,6 +4,8 @@
 
 #[path = "node/adapters.rs"]
 mod adapters;
+#[path = "node/agents.rs"]
+mod agents;
 #[path = "node/lifetime.rs"]
 mod lifetime;
 #[path = "node/load.rs"]

@@ -13,8 +13,19 @@ use nix::sys::signal::Signal;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use super::{LabError, Node};
+use super::{Lab, LabError, Node};
 use crate::net::proc::Process;
+
+/// The configuration of agents that read the lab's manifests, beside the directory: the features of the lab, and leases
+/// that make a failover quick to watch.
+const ON_MANIFESTS: [(&str, &str); 6] = [
+    ("source", "manifests"),
+    ("enable-l2-announcements", "true"),
+    ("kube-proxy-replacement", "true"),
+    ("l2-announcements-lease-duration", "3s"),
+    ("l2-announcements-renew-deadline", "2s"),
+    ("l2-announcements-retry-period", "500ms"),
+];
 
 /// How to start an agent.
 #[derive(Debug, Clone, Default)]
@@ -30,6 +41,20 @@ impl AgentOptions {
     /// The binary whose `agent` command is run.
     pub fn new(binary: impl Into<PathBuf>) -> Self {
         Self { binary: binary.into(), ..Self::default() }
+    }
+
+    /// Agents that read the lab's manifests and form a cluster through a state directory that they share, with short
+    /// leases: what `kinesin lab` runs.
+    pub fn on_manifests(lab: &Lab) -> Self {
+        let options = Self::new(lab.binary()).state_dir(lab.state_dir());
+        let options = options.config("manifests-dir", &lab.manifests_dir().to_string_lossy());
+        ON_MANIFESTS.iter().fold(options, |options, (key, value)| options.config(key, value))
+    }
+
+    /// Another binary.
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = path.into();
+        self
     }
 
     /// One more argument.

@@ -93,7 +93,7 @@ impl Lab {
         if number > MAX_NODES {
             return Err(LabError::Invalid(format!("the lab has no addresses for more than {MAX_NODES} nodes")));
         }
-        let node = make_node(&self.territory, &self.lan, number).await?;
+        let node = make_node(&self.territory, &self.lan, number, &self.binary).await?;
         for other in &self.nodes {
             connect_pods(&node, other).await?;
             connect_pods(other, &node).await?;
@@ -139,7 +139,7 @@ async fn make_client(territory: &Territory, lan: &Netns, binary: &Path) -> Resul
     Ok(Client::new(netns, cgroup, binary.to_path_buf(), territory.dir().join("logs")))
 }
 
-async fn make_node(territory: &Territory, lan: &Netns, number: usize) -> Result<Node, LabError> {
+async fn make_node(territory: &Territory, lan: &Netns, number: usize, binary: &Path) -> Result<Node, LabError> {
     let name = format!("node-{number}");
     let short = u8::try_from(number).map_err(|_| LabError::Invalid(format!("no node can have number {number}")))?;
     let address = Ipv4Addr::new(10, 0, 0, 10 + short);
@@ -160,8 +160,11 @@ async fn make_node(territory: &Territory, lan: &Netns, number: usize) -> Result<
     let pod_cidr = Ipv4Net::new_assert(Ipv4Addr::new(10, 42, short, 0), 24);
     let lab_dir = territory.dir().to_path_buf();
     let lan = lan.clone();
+    let binary = binary.to_path_buf();
     let pods = Mutex::new(Vec::new());
-    Ok(Node { inner: Arc::new(NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, pods }) })
+    Ok(Node {
+        inner: Arc::new(NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, binary, pods }),
+    })
 }
 
 /// A cable from the bridge to `eth0` of a host, its address, and its way out.

@@ -19,8 +19,8 @@ use crate::net::proc::Process;
 use crate::net::rtnl::Neighbour;
 use crate::net::{Netns, Rtnl};
 
-/// How long a single request of [`Client::get`] may take.
-const GET_LIMIT: Duration = Duration::from_secs(5);
+/// How long a single request of `get` may take.
+pub(super) const GET_LIMIT: Duration = Duration::from_secs(5);
 
 /// The LAN client.
 #[derive(Debug, Clone)]
@@ -181,7 +181,7 @@ pub struct LoadHandle {
 }
 
 impl LoadHandle {
-    fn start(
+    pub(super) fn start(
         binary: &Path,
         netns: &Netns,
         cgroup: &Path,

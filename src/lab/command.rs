@@ -28,16 +28,6 @@ const HELD: u32 = 10;
 /// How long the dead agent's node is watched serving without it. Less than the lease, or another would take over.
 const WITHOUT_AGENT: Duration = Duration::from_millis(1500);
 
-/// The part of the configuration that makes the lab quick to watch; `kinesin lab` sets it on every node.
-const CONFIG: [(&str, &str); 6] = [
-    ("source", "manifests"),
-    ("enable-l2-announcements", "true"),
-    ("kube-proxy-replacement", "true"),
-    ("l2-announcements-lease-duration", "3s"),
-    ("l2-announcements-renew-deadline", "2s"),
-    ("l2-announcements-retry-period", "500ms"),
-];
-
 /// Arguments of `kinesin lab`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LabOptions {
@@ -84,6 +74,15 @@ pub async fn run(options: LabOptions) -> anyhow::Result<()> {
         }
         other => other,
     }
+}
+
+/// [`run`] for callers without a runtime, such as the command line.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_to_end(options: LabOptions) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start a runtime")?;
+    runtime.block_on(run(options))
 }
 
 async fn show(options: LabOptions) -> anyhow::Result<()> {
@@ -256,12 +255,7 @@ impl Show {
 
     fn start_agent(&mut self, number: usize) -> anyhow::Result<()> {
         let node = self.lab.node(number);
-        // Presence and election of nodes without an API server are files that they share.
-        let mut options = AgentOptions::new(&self.binary).state_dir(self.lab.dir().join("state"));
-        options = options.config("manifests-dir", &self.lab.manifests_dir().to_string_lossy());
-        for (key, value) in CONFIG {
-            options = options.config(key, value);
-        }
+        let options = AgentOptions::on_manifests(&self.lab).binary(&self.binary);
         self.agents[number - 1] = Some(node.start_agent(&options)?);
         Ok(())
     }

@@ -26,7 +26,7 @@ pub mod report;
 pub use agent::{AgentHandle, AgentOptions};
 pub use builder::LabBuilder;
 pub use client::{Client, LoadHandle, Response, get_from};
-pub use command::{LabOptions, run};
+pub use command::{LabOptions, run, run_to_end};
 pub use node::{Node, Pod};
 pub use territory::BASE_DIR;
 
@@ -108,6 +108,11 @@ impl Lab {
     /// Where agents with `source=manifests` read from.
     pub fn manifests_dir(&self) -> PathBuf {
         self.dir().join("manifests")
+    }
+
+    /// The state directory that agents with `source=manifests` share: status, leases.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir().join("state")
     }
 
     /// The node of that number; the first is 1, like its name `node-1` and its address 10.0.0.11.

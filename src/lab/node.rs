@@ -9,6 +9,8 @@ use std::time::Duration;
 use ipnet::Ipv4Net;
 use tokio::time::Instant;
 
+use super::client::{GET_LIMIT, LoadHandle, Response, get_from};
+use super::programs::ClientOptions;
 use super::{ECHO_PORT, HTTP_PORT, LabError};
 use crate::net::proc::Process;
 use crate::net::{Netns, Rtnl, cgroup};
@@ -30,6 +32,7 @@ pub(super) struct NodeInner {
     pub(super) cgroup: PathBuf,
     pub(super) dir: PathBuf,
     pub(super) lab_dir: PathBuf,
+    pub(super) binary: PathBuf,
     pub(super) pods: Mutex<Vec<Pod>>,
 }
 
@@ -108,6 +111,22 @@ impl Node {
         let full = format!("{name} on {}", self.name());
         let prepared = Process::command(full, command).netns(self.netns()).cgroup(self.cgroup()).log(&self.log(name));
         Ok(prepared.start()?)
+    }
+
+    /// One HTTP request from the node itself, at most five seconds.
+    ///
+    /// # Errors
+    /// When there is no complete answer.
+    pub async fn get(&self, url: &str) -> Result<Response, LabError> {
+        get_from(self.netns(), url, GET_LIMIT).await
+    }
+
+    /// Starts the load program on the node itself.
+    ///
+    /// # Errors
+    /// When it can not be started.
+    pub fn load(&self, options: &ClientOptions) -> Result<LoadHandle, LabError> {
+        LoadHandle::start(&self.inner.binary, self.netns(), self.cgroup(), &self.log("load"), options)
     }
 
     /// Pulls the cable: the node sees its carrier go, the LAN no longer sees the node.
@@ -202,6 +221,22 @@ impl Pod {
         let full = format!("{name} in {}", self.name());
         let prepared = Process::command(full, command).netns(self.netns()).cgroup(self.cgroup()).log(&self.inner.log);
         Ok(prepared.start()?)
+    }
+
+    /// One HTTP request from the pod, at most five seconds.
+    ///
+    /// # Errors
+    /// When there is no complete answer.
+    pub async fn get(&self, url: &str) -> Result<Response, LabError> {
+        get_from(self.netns(), url, GET_LIMIT).await
+    }
+
+    /// Starts the load program in the pod.
+    ///
+    /// # Errors
+    /// When it can not be started.
+    pub fn load(&self, options: &ClientOptions) -> Result<LoadHandle, LabError> {
+        LoadHandle::start(&self.inner.binary, self.netns(), self.cgroup(), &self.inner.log, options)
     }
 
     /// Starts the server (HTTP on [`HTTP_PORT`], echo on [`ECHO_PORT`]) and returns when it answers. A running one is

@@ -54,7 +54,7 @@ impl Territory {
         fs::write(early.join(OWNER_FILE), Owner::me().to_text()).map_err(what())?;
         fs::rename(&early, &self.dir).map_err(what())?;
         fs::create_dir_all(&self.cgroup).map_err(LabError::io(format!("create {}", self.cgroup.display())))?;
-        for below in ["manifests", "logs"] {
+        for below in ["manifests", "state", "logs"] {
             fs::create_dir_all(self.dir.join(below)).map_err(what())?;
         }
         Ok(())

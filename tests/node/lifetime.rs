@@ -26,7 +26,8 @@ fn traces(id: &str) -> Vec<String> {
 fn helper(name: &str, report: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", &format!("lifetime::{name}"), "--nocapture", "--test-threads=1"]);
-    command.env("KINESIN_TEST_REPORT", report).stdout(Stdio::null()).stderr(Stdio::null());
+    command.env("KINESIN_TEST_REPORT", report).env("KINESIN_TEST_LAB", lab_name());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     command.process_group(0);
     command.spawn().unwrap()
 }
@@ -34,6 +35,11 @@ fn helper(name: &str, report: &Path) -> Child {
 /// Set only in a helper's process: where to write the lab's id and a pid.
 fn report_path() -> Option<PathBuf> {
     std::env::var_os("KINESIN_TEST_REPORT").map(PathBuf::from)
+}
+
+/// The name of the killed lab: of this test process alone, or another one's labs would clean up first.
+fn lab_name() -> String {
+    std::env::var("KINESIN_TEST_LAB").unwrap_or_else(|_| format!("killed-{}", std::process::id()))
 }
 
 async fn read_report(path: &Path) -> (String, u32) {
@@ -61,7 +67,7 @@ async fn helper_that_panics() {
 #[tokio::test]
 async fn helper_that_is_killed() {
     let Some(report) = report_path() else { return };
-    let lab = lab("killed").nodes(2).pods_per_node(1).build().await.unwrap();
+    let lab = lab(&lab_name()).nodes(2).pods_per_node(1).build().await.unwrap();
     lab.pod(1, 1).serve().await.unwrap();
     let mut command = Command::new("sleep");
     command.arg("1000");
@@ -101,7 +107,7 @@ async fn what_a_killed_lab_left_is_removed_by_the_next_of_its_name_and_its_proce
     let mut child = helper("helper_that_is_killed", &report);
     let (id, sleeper) = read_report(&report).await;
     // While its owner lives, another lab of the name leaves it alone.
-    drop(lab("killed").build().await.unwrap());
+    drop(lab(&lab_name()).build().await.unwrap());
     assert!(!traces(&id).is_empty());
     assert!(Path::new(&format!("/proc/{sleeper}")).exists());
 
@@ -113,7 +119,7 @@ async fn what_a_killed_lab_left_is_removed_by_the_next_of_its_name_and_its_proce
     .await;
     assert!(!traces(&id).is_empty(), "a killed process can not clean up, so this test proves nothing");
 
-    let next = lab("killed").build().await.unwrap();
+    let next = lab(&lab_name()).build().await.unwrap();
     assert_eq!(traces(&id), Vec::<String>::new());
     assert_ne!(next.id(), id);
 }

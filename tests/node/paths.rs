@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use kinesin::lab::programs::ClientOptions;
 use kinesin::lab::{ECHO_PORT, HTTP_PORT, get_from};
 use kinesin::net::Netns;
 
@@ -20,7 +21,7 @@ async fn pods_reach_each_other_on_one_node_and_across_nodes_with_their_own_addre
     }
     for from in lab.pods() {
         for to in lab.pods() {
-            let answer = get_from(from.netns(), &url(to.address()), LIMIT).await.unwrap();
+            let answer = from.get(&url(to.address())).await.unwrap();
             assert_eq!(answer.status, 200);
             let backend = answer.backend.expect("a pod's answer");
             assert_eq!((backend.pod.as_str(), backend.node.as_str()), (to.name(), to.node()));
@@ -30,7 +31,7 @@ async fn pods_reach_each_other_on_one_node_and_across_nodes_with_their_own_addre
     // Nodes reach all pods, under their LAN address.
     for node in lab.nodes() {
         for to in lab.pods() {
-            let answer = get_from(node.netns(), &url(to.address()), LIMIT).await.unwrap();
+            let answer = node.get(&url(to.address())).await.unwrap();
             let backend = answer.backend.expect("a pod's answer");
             assert_eq!(backend.client.ip(), IpAddr::from(node.address()), "{} to {}", node.name(), to.name());
         }
@@ -50,6 +51,17 @@ async fn a_node_added_later_is_part_of_the_network() {
     for (from, to) in [(&old, &new), (&new, &old)] {
         let answer = get_from(from.netns(), &url(to.address()), LIMIT).await.unwrap();
         assert_eq!(answer.backend.expect("a pod's answer").pod, to.name());
+    }
+}
+
+#[tokio::test]
+async fn pods_and_nodes_can_be_clients_of_a_load() {
+    let lab = lab("inner-load").nodes(2).pods_per_node(1).build().await.unwrap();
+    lab.pod(2, 1).serve().await.unwrap();
+    let options = ClientOptions::new(url(lab.pod(2, 1).address())).timeout(LIMIT).duration(Duration::from_millis(500));
+    for load in [lab.node(1).load(&options).unwrap(), lab.pod(1, 1).load(&options).unwrap()] {
+        let totals = load.summary(LIMIT).await.unwrap();
+        assert!(totals.succeeded > 0 && totals.failed == 0, "{totals:?}");
     }
 }
 
