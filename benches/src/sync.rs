@@ -152,7 +152,7 @@ fn first_syncs(runtime: &tokio::runtime::Runtime, lab: &Lab, plane: &ControlPlan
     }
     detach_all(&node.bpf_root())?;
     let agent = start(&mut fresh)?;
-    runtime.block_on(tokio::time::sleep(Duration::from_secs(5)));
+    runtime.block_on(async { tokio::time::sleep(Duration::from_secs(5)).await });
     line("start to /healthz 200, nothing in the kernel", &[("time", spread(&fresh))]);
     line("start to /healthz 200, maps of an earlier agent", &[("time", spread(&adopted))]);
     line("memory at that moment", &[("VmRSS", mib(median(&rss))), ("VmHWM", mib(median(&peak)))]);
