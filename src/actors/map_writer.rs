@@ -55,7 +55,7 @@ pub struct MapWriter {
     store: Option<Arc<dyn MapStore>>,
     planner: Planner,
     pruned: bool,
-    /// Services that did not fit; tried again after every removal and on every verification.
+    /// Services that did not fit, or met another's address; tried again after every removal and on every verification.
     refused: BTreeMap<ServiceKey, String>,
     verify: Timer,
 }
@@ -154,17 +154,18 @@ impl MapWriter {
     }
 
     fn plan(&mut self, key: &ServiceKey, compiled: &Compiled, plans: &mut Vec<Vec<Op>>) {
-        match self.planner.update(key, compiled) {
+        // Other parts of a Service are programmed when one address is somebody else's.
+        let refusal = match self.planner.update(key, compiled) {
             Ok(ops) => {
-                self.refused.remove(key);
                 plans.push(ops);
+                self.planner.problems(key).join("; ")
             }
-            Err(error) => {
-                let text = error.to_string();
-                if self.refused.insert(key.clone(), text.clone()).as_ref() != Some(&text) {
-                    tracing::error!(service = %key, error = text, "service not programmed");
-                }
-            }
+            Err(error) => error.to_string(),
+        };
+        if refusal.is_empty() {
+            self.refused.remove(key);
+        } else if self.refused.insert(key.clone(), refusal.clone()).as_ref() != Some(&refusal) {
+            tracing::error!(service = %key, error = refusal, "service not fully programmed");
         }
     }
 
@@ -180,10 +181,6 @@ impl MapWriter {
     /// Compares the maps with the plan and writes the difference: what others changed, and what was refused.
     async fn verify(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
         self.verify = self.me.cast_after(self.world.config().services.verify_interval, MapWriterMsg::Verify);
-        if !self.pruned {
-            // What nobody has claimed yet is not a difference.
-            return self.sync(store).await;
-        }
         let actual = blocking({
             let store = store.clone();
             move || store.read()
