@@ -391,7 +391,7 @@ async fn a_lease_is_created_renewed_seen_by_others_and_deleted() {
     }
     two.delete_lease("duties").await.unwrap();
     assert!(matches!(two.delete_lease("duties").await, Err(WriteError::NotFound { .. })));
-    assert!(matches!(one.put_lease(&renewed).await, Err(WriteError::NotFound { .. })));
+    assert!(matches!(one.put_lease(&renewed).await, Err(WriteError::Conflict { .. })));
     leases.until(|s| s.objects.is_empty()).await;
     assert!(matches!(one.put_lease(&lease("../x", "n1")).await, Err(WriteError::Refused { .. })));
 }

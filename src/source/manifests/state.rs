@@ -166,7 +166,7 @@ impl StateDir {
         match (fs::read(&path), expected.is_empty()) {
             (Err(error), true) if error.kind() == io::ErrorKind::NotFound => {}
             (Err(error), false) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(WriteError::NotFound { kind: Lease::KIND, name: name() });
+                return Err(WriteError::Conflict { kind: Lease::KIND, name: name() });
             }
             (Err(error), _) => return Err(failed(error)),
             // A damaged file is nobody's lease.
