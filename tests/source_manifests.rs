@@ -1,4 +1,5 @@
 //! The manifests source on real directories: what is written to files comes out as events, and nothing else does.
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by where it panics")]
 
 use std::collections::BTreeMap;
 use std::fs;
