@@ -72,7 +72,10 @@ impl StateDir {
                 }
                 Err((unlocked, _)) => file = unlocked,
             }
-            // Blocking in the kernel could not be given up; writers hold the lock for microseconds.
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "on a blocking thread; waiting in the kernel could not be given up, and locks last microseconds"
+            )]
             std::thread::sleep(Duration::from_millis(1));
         }
     }
