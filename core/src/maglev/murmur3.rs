@@ -27,8 +27,7 @@ fn little_endian(bytes: &[u8]) -> u64 {
 /// Both halves of the hash of `data`.
 pub(super) fn hash(data: &[u8], seed: u32) -> (u64, u64) {
     let (mut h1, mut h2) = (u64::from(seed), u64::from(seed));
-    let blocks = data.chunks_exact(16);
-    let tail = blocks.remainder();
+    let (blocks, tail) = data.as_chunks::<16>();
     for block in blocks {
         let (low, high) = block.split_at(8);
         h1 ^= mix1(little_endian(low));

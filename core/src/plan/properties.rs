@@ -7,8 +7,9 @@ use kinesin_abi::{
 };
 use proptest::prelude::*;
 
+use super::model::Model;
 use super::planner::references;
-use super::tests::{Model, backend, frontend, service, set_of};
+use super::tests::{backend, frontend, service, set_of};
 use super::*;
 use crate::services::{BackendRef, BackendSet, Compiled, Frontend, ServiceKey};
 
@@ -217,6 +218,16 @@ fn audit(planner: &Planner) {
         range.slots.iter().for_each(|id| *held.entry(*id).or_default() += 1);
         let leading = planner.frontends.values().flat_map(|f| references(&f.value)).filter(|s| s.base == *base);
         assert_eq!(leading.count() as u32, range.refs);
+        let leads = |f: &super::planner::Front| references(&f.value).any(|s| s.base == *base);
+        let selects = |f: &super::planner::Front| {
+            f.value.flags & frontend_flags::MAGLEV != 0 && f.value.external.count > 0 && f.value.external.base == *base
+        };
+        // Adopted tables are taken as they are; others hold just the set, and only where somebody selects from them.
+        if !planner.frontends.values().any(|f| leads(f) && f.adopted) {
+            assert_eq!(range.maglev.is_some(), planner.frontends.values().any(selects));
+            let members: BTreeSet<_> = range.slots.iter().collect();
+            assert!(range.maglev.iter().all(|table| table.iter().collect::<BTreeSet<_>>() == members));
+        }
     }
     assert!(end <= planner.limits.slots);
     assert_eq!(planner.free_slots.reserved(), reserved);
