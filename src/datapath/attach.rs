@@ -90,9 +90,12 @@ pub(crate) fn device_pin(ifindex: u32, direction: TcAttachType) -> String {
 pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<()> {
     let kind = TCX[directed(direction).0];
     let path = links.join(device_pin(ifindex, direction));
-    adopt(&path, program, |info| info.kind == sys::LINK_TCX && info.target == [ifindex, kind], || {
-        sys::create_link(program, ifindex, kind)
-    })
+    adopt(
+        &path,
+        program,
+        |info| info.kind == sys::LINK_TCX && info.target == [ifindex, kind],
+        || sys::create_link(program, ifindex, kind),
+    )
 }
 
 /// Attaches by a cgroup link, or puts the program into the link that is pinned. `id` is the cgroup's.
@@ -104,9 +107,12 @@ pub(crate) fn cgroup(
 ) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let target = [id as u32, (id >> 32) as u32];
-    adopt(path, program, |info| info.kind == sys::LINK_CGROUP && info.target == target, || {
-        sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type)
-    })
+    adopt(
+        path,
+        program,
+        |info| info.kind == sys::LINK_CGROUP && info.target == target,
+        || sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type),
+    )
 }
 
 /// Replaces the program of the pinned link if it is the right one; else makes and pins a new one, and only then lets
@@ -137,16 +143,13 @@ fn adopt(
 /// Attaches as a filter of the clsact qdisc, replacing our own if there is one.
 pub(crate) fn clsact(
     program: &mut SchedClassifier,
-    name: &std::ffi::CStr,
     ifindex: u32,
     direction: TcAttachType,
     links: &Path,
 ) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| chain(error);
-    match tc::qdisc_add_clsact(name) {
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(error) => return Err(text(&error)),
-    }
+    // Usually it is there already; if it could not be made, attaching fails and says this too.
+    let qdisc = tc::qdisc_add_clsact(ifindex).err();
     let old = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)
         .map_err(|error| text(&error))?;
     let id = match program.attach_to_link(old) {
@@ -155,7 +158,10 @@ pub(crate) fn clsact(
             let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
             program
                 .attach(ifindex, aya::programs::tc::TcAttach::Netlink { parent: direction.into(), options })
-                .map_err(|error| text(&error))?
+                .map_err(|error| match &qdisc {
+                    Some(qdisc) => format!("{}; clsact: {}", text(&error), text(qdisc)),
+                    None => text(&error),
+                })?
         }
     };
     let link = program.take_link(id).map_err(|error| text(&error))?;

@@ -146,7 +146,7 @@ pub(crate) fn maglev_bytes(ids: &[BackendId]) -> io::Result<Vec<u8>> {
 
 /// The ids of a stored table.
 pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
-    bytes.chunks_exact(4).filter_map(from_bytes).take(MAGLEV_TABLE_SIZE as usize).collect()
+    bytes.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).take(MAGLEV_TABLE_SIZE as usize).collect()
 }
 
 /// Whether a flow is connectionless and goes to, or comes from, one of these backends.
@@ -270,9 +270,7 @@ impl MapStore for KernelMaps {
                 let table = self.table(name);
                 let mut entries = Some(0);
                 let counted = match name {
-                    "frontends" | "maglev" | "l2" | "devices" => {
-                        table.scan(|_, _| entries = entries.map(|n| n + 1))
-                    }
+                    "frontends" | "maglev" | "l2" | "devices" => table.scan(|_, _| entries = entries.map(|n| n + 1)),
                     "slots" | "backends" => table.scan(|_, value| {
                         let used = value.iter().any(|byte| *byte != 0);
                         entries = entries.map(|n| n + u64::from(used));
@@ -291,7 +289,9 @@ impl MapStore for KernelMaps {
             return Ok(self.maglev()?);
         }
         let mut all = Vec::new();
-        self.table(name).scan(|key, value| all.push((key.to_vec(), value.to_vec()))).map_err(self.failed(name, "read"))?;
+        self.table(name)
+            .scan(|key, value| all.push((key.to_vec(), value.to_vec())))
+            .map_err(self.failed(name, "read"))?;
         Ok(all)
     }
 

@@ -166,8 +166,7 @@ const MAP_ARRAY: u32 = 2;
 
 fn info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
-    let mut attr =
-        InfoAttr { fd: fd.as_raw_fd() as u32, len: size_of::<T>() as u32, info: (&raw mut info) as u64 };
+    let mut attr = InfoAttr { fd: fd.as_raw_fd() as u32, len: size_of::<T>() as u32, info: (&raw mut info) as u64 };
     call(Command::InfoByFd, &mut attr)?;
     Ok(info)
 }
@@ -292,14 +291,12 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<Option<OwnedFd>> {
 
 /// `target` is an interface index or a cgroup's file descriptor.
 pub(crate) fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr =
-        LinkAttr { first: program.as_raw_fd() as u32, second: target, third: attach_type, fourth: 0 };
+    let mut attr = LinkAttr { first: program.as_raw_fd() as u32, second: target, third: attach_type, fourth: 0 };
     call(Command::LinkCreate, &mut attr).map(owned)
 }
 
 /// Replaces the program of a link; packets meet either the old or the new one.
 pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr =
-        LinkAttr { first: link.as_raw_fd() as u32, second: program.as_raw_fd() as u32, third: 0, fourth: 0 };
+    let mut attr = LinkAttr { first: link.as_raw_fd() as u32, second: program.as_raw_fd() as u32, third: 0, fourth: 0 };
     call(Command::LinkUpdate, &mut attr).map(drop)
 }

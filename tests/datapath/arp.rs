@@ -32,7 +32,12 @@ fn a_request_for_our_address_becomes_the_reply_byte_for_byte() {
     isolated(|| {
         let mut rig = owner();
         let expected = [
-            &CLIENT_MAC[..], &NODE_MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &NODE_MAC, &VIP.octets(), &CLIENT_MAC,
+            &CLIENT_MAC[..],
+            &NODE_MAC,
+            &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2],
+            &NODE_MAC,
+            &VIP.octets(),
+            &CLIENT_MAC,
             &CLIENT.octets(),
         ]
         .concat();

@@ -10,9 +10,8 @@ use aya::programs::SchedClassifier;
 use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason,
-    FrontendKey, FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SetRef, Settings,
-    frontend_flags, proto,
+    Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
+    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SetRef, Settings, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;
@@ -203,7 +202,8 @@ pub(crate) struct Rig {
     pub(crate) datapath: Datapath,
     pub(crate) maps: Arc<KernelMaps>,
     pub(crate) lan: u32,
-    pub(crate) root: BpfRoot,
+    /// Unmounted last.
+    _root: BpfRoot,
 }
 
 impl Rig {
@@ -221,7 +221,7 @@ impl Rig {
         assert!(refused.is_empty(), "{refused:#?}");
         let maps = datapath.kernel_maps();
         let lan = ifindex(LAN);
-        let rig = Self { datapath, maps, lan, root };
+        let rig = Self { datapath, maps, lan, _root: root };
         rig.maps.write_settings(&settings()).expect("settings");
         rig.maps.put_device(lan, &device()).expect("device");
         rig.maps.apply(&services()).expect("services");

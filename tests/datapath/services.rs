@@ -90,8 +90,7 @@ fn connections_spread_over_the_backends_at_random() {
         let mut rig = Rig::new();
         let both = value(FrontendKind::LoadBalancer, frontend_flags::ROUTABLE, LOCAL_ID, 2);
         rig.maps.apply(&[Op::PutFrontend(frontend(VIP, 90, proto::TCP), both)]).unwrap();
-        let local =
-            (0..400).filter(|n| rig.ingress(&tcp((CLIENT, 20_000 + n), (VIP, 90), SYN)).0 == NEXT).count();
+        let local = (0..400).filter(|n| rig.ingress(&tcp((CLIENT, 20_000 + n), (VIP, 90), SYN)).0 == NEXT).count();
         assert!((100..300).contains(&local), "{local} of 400");
     });
 }
@@ -101,8 +100,7 @@ fn maglev_chooses_by_the_table_and_leaves_the_destination_address_out() {
     isolated(|| {
         let mut rig = Rig::new();
         let second_vip = Ipv4Addr::new(10, 0, 0, 101);
-        let maglev =
-            value(FrontendKind::LoadBalancer, frontend_flags::ROUTABLE | frontend_flags::MAGLEV, LOCAL_ID, 2);
+        let maglev = value(FrontendKind::LoadBalancer, frontend_flags::ROUTABLE | frontend_flags::MAGLEV, LOCAL_ID, 2);
         rig.maps.apply(&[Op::PutFrontend(frontend(second_vip, TO_MAGLEV, proto::TCP), maglev)]).unwrap();
         for port in 30_000..30_200 {
             let index = maglev_index(
@@ -140,11 +138,8 @@ fn a_slot_that_is_being_rewritten_does_not_lose_the_connection() {
         let mut rig = Rig::new();
         // Of three slots one leads nowhere: an empty one, and later a free backend.
         let three = value(FrontendKind::LoadBalancer, frontend_flags::ROUTABLE, 100, 3);
-        let ops = [
-            Op::Slot(100, LOCAL_ID),
-            Op::Slot(102, LOCAL_ID),
-            Op::PutFrontend(frontend(VIP, 90, proto::TCP), three),
-        ];
+        let ops =
+            [Op::Slot(100, LOCAL_ID), Op::Slot(102, LOCAL_ID), Op::PutFrontend(frontend(VIP, 90, proto::TCP), three)];
         rig.maps.apply(&ops).unwrap();
         for slot in [0, 999] {
             rig.maps.apply(&[Op::Slot(101, slot)]).unwrap();

@@ -74,8 +74,8 @@ impl From<Addr> for IpAddr {
             return IpAddr::V4(Ipv4Addr::from(addr.v4_raw().to_ne_bytes()));
         }
         let mut bytes = [0; 16];
-        for (chunk, word) in bytes.chunks_exact_mut(4).zip(addr.words) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
+        for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(addr.words) {
+            *chunk = word.to_ne_bytes();
         }
         IpAddr::V6(Ipv6Addr::from(bytes))
     }

@@ -27,7 +27,8 @@ pub use service::{
     frontend_flags,
 };
 pub use settings::{
-    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable, SETTING_REJECT_NO_BACKEND, Settings,
+    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,
+    SETTING_REJECT_NO_BACKEND, Settings,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.

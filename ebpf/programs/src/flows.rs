@@ -134,9 +134,7 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     let client = &opening.packet.flow;
     let (min, span) = lookup::settings()
         .filter(|settings| settings.snat_max >= settings.snat_min && settings.snat_min != 0)
-        .map_or((0, 0), |settings| {
-            (settings.snat_min as u32, settings.snat_max as u32 - settings.snat_min as u32 + 1)
-        });
+        .map_or((0, 0), |settings| (settings.snat_min as u32, settings.snat_max as u32 - settings.snat_min as u32 + 1));
     let mut forward = FlowValue {
         last_seen: lookup::now(),
         src: opening.source,
@@ -230,8 +228,7 @@ fn abandoned(reply: &FlowValue, protocol: u8, now: u64, pressed: bool) -> bool {
     if over && pressed {
         return true;
     }
-    let quiet =
-        if protocol == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
+    let quiet = if protocol == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
     if now.saturating_sub(reply.last_seen) <= quiet {
         return false;
     }

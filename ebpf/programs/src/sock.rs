@@ -4,9 +4,7 @@
 //! sockets. Deliberately absent: Maglev, which serves connections that move between nodes.
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated as h};
-use kinesin_abi::{
-    Addr, Be16, FrontendKind, FrontendValue, SocketKey, SocketValue, frontend_flags, proto,
-};
+use kinesin_abi::{Addr, Be16, FrontendKind, FrontendValue, SocketKey, SocketValue, frontend_flags, proto};
 
 use crate::lookup;
 
