@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::{Limits, Op, Planner, in_phases};
 use kinesin_core::services::{Compiled, ServiceKey};
 use metrics::{counter, gauge, histogram};
@@ -108,7 +109,8 @@ impl MapWriter {
         })
         .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        self.planner = Planner::new(handle.limits);
+        let seed = HashSeed::from_bytes(self.world.config().services.maglev_seed.bytes);
+        self.planner = Planner::with_seed(handle.limits, seed);
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
         self.pruned = false;
