@@ -160,6 +160,18 @@ impl<M: Label + Send + 'static> Address<M> {
         taken
     }
 
+    /// A hint to pass on to a table or level: casts the message that `make` makes.
+    pub fn waker(
+        &self,
+        make: impl Fn() -> M + Clone + Send + Sync + 'static,
+    ) -> impl Fn() + Clone + Send + Sync + 'static {
+        let address = self.clone();
+        move || {
+            // Nobody there means that the next instance will subscribe anew.
+            address.cast(make());
+        }
+    }
+
     /// Sends a message after a delay; the living instance of that moment gets it.
     pub fn cast_after(&self, delay: Duration, message: M) -> Timer {
         let address = self.clone();

@@ -61,10 +61,7 @@ impl Actor for ArpResponder {
     type Args = World;
 
     async fn start(world: World, me: Address<ArpResponderMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(ArpResponderMsg::Wake))
-        };
+        let wake = me.waker(|| ArpResponderMsg::Wake);
         me.cast(ArpResponderMsg::Beat);
         Ok(Self {
             answered: world.answered.subscribe(wake.clone()),

@@ -52,7 +52,7 @@ impl Actor for EndpointSyncer {
     type Args = World;
 
     async fn start(world: World, me: Address<EndpointSyncerMsg>) -> Result<Self, Failure> {
-        let wake = move || drop(me.cast(EndpointSyncerMsg::Wake));
+        let wake = me.waker(|| EndpointSyncerMsg::Wake);
         Ok(Self {
             services: world.services.subscribe(wake.clone()),
             slices: world.slices.subscribe(wake.clone()),

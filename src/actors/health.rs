@@ -67,10 +67,7 @@ impl Actor for Health {
     type Args = (World, Arc<dyn Api>);
 
     async fn start((world, api): Self::Args, me: Address<HealthMsg>) -> Result<Self, Failure> {
-        let config = world.config.follow({
-            let me = me.clone();
-            move || drop(me.cast(HealthMsg::Wake))
-        });
+        let config = world.config.follow(me.waker(|| HealthMsg::Wake));
         Ok(Self { world, api, me, config, listening: None, servers: Vec::new() })
     }
 

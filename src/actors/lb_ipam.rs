@@ -74,10 +74,7 @@ impl Actor for LbIpam {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<LbIpamMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(LbIpamMsg::Wake))
-        };
+        let wake = me.waker(|| LbIpamMsg::Wake);
         // Serial numbers of an earlier instance must not look like ours.
         let serial = world.orders.rows().iter().map(|(_, order)| order.serial).max().unwrap_or(0);
         Ok(Self {

@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use kinesin_core::objects::{Lease, Meta, Object, ObjectKey};
+use kinesin_core::objects::{Lease, Meta, ObjectKey};
 use kinesin_core::presence::election::{Effect, Input};
 use kinesin_core::presence::{Election, Timing};
 use metrics::gauge;
@@ -63,10 +63,7 @@ impl Actor for LeaderElector {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<LeaderElectorMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(LeaderElectorMsg::Wake))
-        };
+        let wake = me.waker(|| LeaderElectorMsg::Wake);
         Ok(Self {
             leases: world.leases.subscribe(wake.clone()),
             config: world.config.follow(wake),

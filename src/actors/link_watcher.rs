@@ -9,7 +9,6 @@
 
 use std::sync::Arc;
 
-use futures::StreamExt;
 use kinesin_core::devices::{self, Device};
 
 use crate::actor::{Actor, Failure};
@@ -51,10 +50,7 @@ impl Actor for LinkWatcher {
     type Args = World;
 
     async fn start(world: World, me: Address<LinkWatcherMsg>) -> Result<Self, Failure> {
-        let config = world.config.follow({
-            let me = me.clone();
-            move || drop(me.cast(LinkWatcherMsg::Wake))
-        });
+        let config = world.config.follow(me.waker(|| LinkWatcherMsg::Wake));
         let mut monitor = LinkMonitor::open().await?;
         let pump = tokio::spawn(async move {
             while let Some(links) = monitor.next().await {

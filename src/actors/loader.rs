@@ -75,7 +75,7 @@ impl Actor for Loader {
     type Args = World;
 
     async fn start(world: World, me: Address<LoaderMsg>) -> Result<Self, Failure> {
-        let wake = move || drop(me.cast(LoaderMsg::Wake));
+        let wake = me.waker(|| LoaderMsg::Wake);
         let options = Options::from(&*world.config());
         let loader = Self {
             loaded: load(options.clone()).await?,

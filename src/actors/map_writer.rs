@@ -65,10 +65,7 @@ impl Actor for MapWriter {
     type Args = World;
 
     async fn start(world: World, me: Address<MapWriterMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(MapWriterMsg::Wake))
-        };
+        let wake = me.waker(|| MapWriterMsg::Wake);
         let verify = me.cast_after(world.config().services.verify_interval, MapWriterMsg::Verify);
         Ok(Self {
             compiled: world.compiled.subscribe(wake.clone()),

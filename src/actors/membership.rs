@@ -75,10 +75,7 @@ impl Actor for Membership {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<MembershipMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(MembershipMsg::Wake))
-        };
+        let wake = me.waker(|| MembershipMsg::Wake);
         me.cast(MembershipMsg::Renew);
         Ok(Self {
             leases: world.leases.subscribe(wake.clone()),

@@ -74,10 +74,7 @@ impl Actor for StatusWriter {
     type Args = (World, Arc<dyn Source>);
 
     async fn start((world, source): Self::Args, me: Address<StatusWriterMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(StatusWriterMsg::Wake))
-        };
+        let wake = me.waker(|| StatusWriterMsg::Wake);
         Ok(Self {
             orders: world.orders.subscribe(wake),
             world,

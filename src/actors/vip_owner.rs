@@ -71,10 +71,7 @@ impl Actor for VipOwner {
     type Args = World;
 
     async fn start(world: World, me: Address<VipOwnerMsg>) -> Result<Self, Failure> {
-        let wake = {
-            let me = me.clone();
-            move || drop(me.cast(VipOwnerMsg::Wake))
-        };
+        let wake = me.waker(|| VipOwnerMsg::Wake);
         Ok(Self {
             services: world.services.subscribe(wake.clone()),
             policies: world.policies.subscribe(wake.clone()),

@@ -18,7 +18,8 @@ const TCX: [u32; 2] = [46, 47];
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x4b69);
 /// Pins of programs in clsact filters end so; they only mark that the filter is ours.
-const CLSACT: &str = ".clsact";
+/// (No dot: bpffs reserves it.)
+const CLSACT: &str = "-clsact";
 
 /// How a program hangs in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -177,9 +178,8 @@ pub(crate) fn detach(ifindex: u32, links: &Path) -> io::Result<()> {
     let mut result = Ok(());
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
         let name = device_pin(ifindex, direction);
-        for path in [links.join(&name), links.join(name + CLSACT)] {
-            let is_filter = path.extension().is_some();
-            match fs::remove_file(&path) {
+        for (pin, is_filter) in [(name.clone(), false), (name + CLSACT, true)] {
+            match fs::remove_file(links.join(pin)) {
                 Ok(()) if is_filter => result = result.and(remove_filter(ifindex, direction)),
                 Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
                 _ => {}
@@ -193,8 +193,7 @@ fn remove_filter(ifindex: u32, direction: TcAttachType) -> io::Result<()> {
     let link = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)?;
     // A device that has gone has taken its filters along.
     link.detach().or_else(|error| {
-        let there = fs::exists(format!("/proc/sys/net/ipv4/conf/all")).unwrap_or(true)
-            && nix::net::if_::if_indextoname(ifindex).is_ok();
+        let there = nix::net::if_::if_indextoname(ifindex).is_ok();
         if there { Err(io::Error::other(chain(&error))) } else { Ok(()) }
     })
 }

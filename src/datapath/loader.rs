@@ -216,6 +216,7 @@ impl Datapath {
         for (name, old, difference, temporary, path) in replaced {
             let fd = map_fd(&ebpf, name)?;
             let cpus = if name == "DROPS" { cpus } else { 1 };
+            // What cannot be read is lost; it must not keep the agent from starting.
             let (kept, lost) = pin::copy(old, fd, cpus, name == "MAGLEV").unwrap_or((0, 0));
             fs::rename(&temporary, &path).map_err(pin_error(&path))?;
             if difference != "empty" {
@@ -242,15 +243,24 @@ impl Datapath {
         Ok(datapath)
     }
 
-    /// Each on its own: one that is refused leaves the others working (R34).
+    /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
+    /// wait until there is one: verifying them takes as long again.
     fn load_programs(&mut self) {
-        for (name, program) in self.ebpf.programs_mut() {
-            let result = match program {
-                Program::SchedClassifier(program) => program.load(),
-                Program::CgroupSockAddr(program) => program.load(),
-                _ => continue,
-            };
-            if let Err(error) = result {
+        for program in ETHERNET.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
+            self.load_program(program);
+        }
+    }
+
+    /// Loads a program unless it is loaded.
+    fn load_program(&mut self, name: &str) {
+        let result = match self.ebpf.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => program.load(),
+            Some(Program::CgroupSockAddr(program)) => program.load(),
+            _ => Err(ProgramError::UnexpectedProgramType),
+        };
+        match result {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => {
                 self.refused.insert(name.to_owned(), refusal(&error));
             }
         }
@@ -307,6 +317,9 @@ impl Datapath {
         program: &str,
         direction: TcAttachType,
     ) -> Result<Attachment, String> {
+        if LAYER3.contains(&program) {
+            self.load_program(program);
+        }
         if let Some(error) = self.refused.get(program) {
             return Err(error.clone());
         }

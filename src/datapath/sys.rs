@@ -171,17 +171,22 @@ fn info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     Ok(info)
 }
 
+/// Fails for what is no map; the kernel would answer for a program or link too, in other words.
 pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    check_kind(fd, "map")?;
     info(fd)
 }
 
+/// Fails for what is no link.
 pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    check_kind(fd, "link")?;
     info(fd)
 }
 
-/// `struct bpf_prog_info`: type, id.
-pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
-    info::<[u32; 2]>(fd).map(|[_, id]| id)
+fn check_kind(fd: BorrowedFd<'_>, kind: &str) -> io::Result<()> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    let is = name.to_string_lossy().contains(kind);
+    if is { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not a bpf {kind}"))) }
 }
 
 /// An array of one element, as inner maps are.

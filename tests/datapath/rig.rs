@@ -236,6 +236,9 @@ impl Rig {
     pub(crate) fn run_on(&mut self, program: &str, packet: &[u8], ifindex: u32) -> (i32, Vec<u8>) {
         let program: &mut SchedClassifier =
             self.datapath.ebpf_mut().program_mut(program).expect("in the object").try_into().expect("a classifier");
+        if program.fd().is_err() {
+            program.load().expect("the kernel takes it");
+        }
         // `struct __sk_buff` up to its eleventh word, ifindex.
         let mut context = [0u8; 44];
         context[40..].copy_from_slice(&ifindex.to_ne_bytes());

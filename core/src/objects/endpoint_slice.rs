@@ -6,7 +6,7 @@ use smol_str::SmolStr;
 use super::{Meta, ObjectKey, null_default, object};
 
 /// Label that names the Service of a slice; slices without it are ignored (R38).
-pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// An EndpointSlice.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -1,12 +1,30 @@
 //! From compiled services to map writes, and back: what the maps should hold, what they hold, and the least that turns
 //! one into the other.
+//!
+//! [`Planner`] gives out ids and ranges of slots and knows what the maps should hold. Deliberately absent: the maps. A
+//! plan that could not be written as a whole is made good by [`Planner::repair`], against what was read back.
+
+mod adopt;
+mod alloc;
+mod phases;
+mod planner;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;
+mod transaction;
+mod update;
+
+pub use phases::in_phases;
+pub use planner::{Limits, PlanError, Planner, Stats};
 
 use std::sync::Arc;
 
 use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue};
 
 /// One write to a map. A plan is a list of them in an order that leaves every prefix safe to meet by a packet:
-/// backends, then slots and tables, then frontends, then what nothing points at any more.
+/// backends, then slots and tables, then frontends (those deleted before those written, so that a full table has room),
+/// then what nothing points at any more.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// Write a backend; all zero frees the id.
