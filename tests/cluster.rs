@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
 
-#[path = "cluster/addresses.rs"]
-mod addresses;
 #[path = "cluster/fixture.rs"]
 mod fixture;
 #[path = "cluster/guide.rs"]

@@ -32,8 +32,7 @@ async fn the_guides_pool_and_policy_applied_as_they_stand_give_a_service_an_addr
         .until("the pool's counters", async || {
             let object = cluster.read(&pool);
             let count = |name: &str| message_of(&object, name).unwrap_or_default();
-            let counts =
-                ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(|name| count(name));
+            let counts = ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(|name| count(name));
             if counts == ["101", "100", "1"] { Ok(()) } else { Err(format!("{counts:?}")) }
         })
         .await;
@@ -61,7 +60,11 @@ async fn the_annotation_gives_both_addresses_once_a_pool_contains_them_and_the_d
         .until("the reason", async || {
             let (addresses, condition) = cluster.service_status("example", "service-blue");
             let wanted = ["False", "no_pool", message];
-            if addresses.is_empty() && condition == wanted { Ok(()) } else { Err(format!("{addresses:?} {condition:?}")) }
+            if addresses.is_empty() && condition == wanted {
+                Ok(())
+            } else {
+                Err(format!("{addresses:?} {condition:?}"))
+            }
         })
         .await;
 

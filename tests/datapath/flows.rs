@@ -31,7 +31,12 @@ fn flow(rig: &Rig, from: End, to: End, protocol: u8) -> Option<(FlowKey, kinesin
 pub(crate) fn decode(key: &[u8], value: &[u8]) -> (FlowKey, kinesin_abi::FlowValue) {
     assert_eq!((key.len(), value.len()), (size_of::<FlowKey>(), size_of::<kinesin_abi::FlowValue>()));
     // SAFETY: both are plain integers of just these sizes.
-    unsafe { (key.as_ptr().cast::<FlowKey>().read_unaligned(), value.as_ptr().cast::<kinesin_abi::FlowValue>().read_unaligned()) }
+    unsafe {
+        (
+            key.as_ptr().cast::<FlowKey>().read_unaligned(),
+            value.as_ptr().cast::<kinesin_abi::FlowValue>().read_unaligned(),
+        )
+    }
 }
 
 pub(crate) fn bytes<T: aya::Pod>(value: &T) -> &[u8] {
@@ -201,7 +206,10 @@ fn removed_udp_backends_are_forgotten_in_both_directions_and_tcp_is_kept() {
         }
         assert_eq!(rig.maps.raw_entries("flows").unwrap().len(), 60);
         let gone = (REMOTE_POD.into(), Be16::new(8080));
-        assert_eq!(rig.maps.remove_flows_to(&[(gone.0, gone.1, proto::UDP), (gone.0, gone.1, proto::TCP)]).unwrap(), 20);
+        assert_eq!(
+            rig.maps.remove_flows_to(&[(gone.0, gone.1, proto::UDP), (gone.0, gone.1, proto::TCP)]).unwrap(),
+            20
+        );
         assert_eq!(rig.maps.remove_flows_to(&[(gone.0, gone.1, proto::UDP)]).unwrap(), 0);
         assert_eq!(rig.maps.raw_entries("flows").unwrap().len(), 40);
     });

@@ -5,7 +5,9 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use kinesin::datapath::{AttachMode, Attachment, Datapath, HookStatus, LoadOptions, MapStore, OBJECT, detach_all, links_dir};
+use kinesin::datapath::{
+    AttachMode, Attachment, Datapath, HookStatus, LoadOptions, MapStore, OBJECT, detach_all, links_dir,
+};
 
 use crate::packets::{IP, SYN, packet, tcp};
 use crate::rig::*;
@@ -63,7 +65,11 @@ fn the_next_agent_replaces_the_programs_inside_the_links_it_finds() {
         let after = attached(TcAttachType::Ingress);
         assert_eq!((before.len(), after.len()), (1, 1));
         assert_ne!(before, after, "the program is the new one");
-        assert_eq!(links, ["ingress", "egress"].map(|way| link_id(&root, &format!("{lan}-{way}"))), "the link is the same");
+        assert_eq!(
+            links,
+            ["ingress", "egress"].map(|way| link_id(&root, &format!("{lan}-{way}"))),
+            "the link is the same"
+        );
         // Again in the same process.
         second.attach_device(LAN, lan).unwrap();
         assert_eq!(attached(TcAttachType::Ingress), after);
@@ -177,8 +183,16 @@ fn each_program_that_is_refused_leaves_the_others_working() {
         network();
         let cgroup = crate::sockets::Cgroup::new("independent");
         for refused in [
-            "cil_from_netdev", "cil_to_netdev", "cil_sock4_connect", "cil_sock4_sendmsg", "cil_sock4_recvmsg",
-            "cil_sock4_getpeername", "cil_sock6_connect", "cil_sock6_sendmsg", "cil_sock6_recvmsg", "cil_sock6_getpeername",
+            "cil_from_netdev",
+            "cil_to_netdev",
+            "cil_sock4_connect",
+            "cil_sock4_sendmsg",
+            "cil_sock4_recvmsg",
+            "cil_sock4_getpeername",
+            "cil_sock6_connect",
+            "cil_sock6_sendmsg",
+            "cil_sock6_recvmsg",
+            "cil_sock6_getpeername",
         ] {
             let root = BpfRoot::new();
             let mut datapath = Datapath::load_object(&corrupted(refused), &options(root.path())).unwrap();
@@ -205,7 +219,8 @@ fn programs_stay_far_from_the_verifiers_limit() {
         for (name, program) in datapath.ebpf_mut().programs() {
             // Those for devices without link header are loaded with the first such device.
             let Ok(info) = program.info() else { continue };
-            let (verified, bytes) = (info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0));
+            let (verified, bytes) =
+                (info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0));
             lines.push(format!("{name}: {verified} instructions verified, {} long", bytes / 8));
             most = most.max(verified);
         }

@@ -38,9 +38,11 @@ fn many(count: u32) -> Vec<Op> {
     let mut ops: Vec<Op> = (1..count).map(|n| Op::Backend(n, backend(addr(n), 80, proto::TCP, false))).collect();
     ops.extend((0..count).map(|n| Op::Slot(n, n)));
     let flags = frontend_flags::ROUTABLE;
-    ops.extend((0..count).map(|n| {
-        Op::PutFrontend(frontend(addr(n), 80, proto::TCP), value(FrontendKind::LoadBalancer, flags, n, 1))
-    }));
+    ops.extend(
+        (0..count).map(|n| {
+            Op::PutFrontend(frontend(addr(n), 80, proto::TCP), value(FrontendKind::LoadBalancer, flags, n, 1))
+        }),
+    );
     ops
 }
 
@@ -135,7 +137,10 @@ fn every_table_is_dumped_for_people() {
         find("slots", "12 = 12");
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
-        find("flows", "TCP 192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan");
+        find(
+            "flows",
+            "TCP 192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan",
+        );
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
         find("settings", "reject-no-backend snat=61000-65000");

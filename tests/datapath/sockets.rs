@@ -170,7 +170,8 @@ fn datagrams_reach_the_backend_and_answers_come_from_the_service() {
         });
         let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         let any6 = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 0));
-        for (local, target) in [(any, peer(CLUSTER_IP, 80)), (any, peer(NODE, 30_080)), (any6, mapped(CLUSTER_IP, 80))] {
+        for (local, target) in [(any, peer(CLUSTER_IP, 80)), (any, peer(NODE, 30_080)), (any6, mapped(CLUSTER_IP, 80))]
+        {
             node.cgroup.run(|| {
                 let mut buffer = [0; 64];
                 let socket = UdpSocket::bind(local).map_err(text)?;

@@ -1,6 +1,8 @@
 //! The two sentences of the tc hooks.
 
-use kinesin_abi::{BACKEND_LOCAL, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags};
+use kinesin_abi::{
+    BACKEND_LOCAL, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags,
+};
 
 use crate::{
     arp,
