@@ -1,5 +1,15 @@
 //! From compiled services to map writes, and back: what the maps should hold, what they hold, and the least that turns
 //! one into the other.
+//!
+//! [`Planner`] owns the ids and the layout of the slots array. It knows only what it was told and what it ordered: it
+//! performs nothing, and whoever performs its ops tells it about failures by [`Planner::repair`].
+
+mod adopt;
+mod image;
+mod planner;
+mod slots;
+
+pub use planner::{Limits, PlanError, Planner, Stats, keep_api_backends};
 
 use std::sync::Arc;
 
@@ -35,3 +45,6 @@ pub struct Actual {
     /// The Maglev tables.
     pub maglev: Vec<(u32, Arc<[BackendId]>)>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,238 @@
+//! Taking over maps that an earlier agent left, in whatever state.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef, frontend_flags};
+
+use super::image::{FrontendEntry, Image, Stages, Table, state_from};
+use super::slots::order_for;
+use super::{Actual, Op, Planner};
+
+impl Planner {
+    /// Takes over what the maps hold: ids, blocks and tables stay where they are, so that a restart moves nothing and cuts
+    /// nothing. To be called once, before the first update.
+    ///
+    /// What contradicts itself is repaired at once and as gently as possible (R24): a set that overlaps another one, lies
+    /// where no set may lie or counts slots without backends is copied to a place of its own, without what is missing; a
+    /// frontend whose set has nothing usable points at none; backends that cannot be read, slots of no set and tables of no
+    /// set are freed. Services claim what is theirs by [`Planner::update`]; the rest stays until [`Planner::prune`].
+    pub fn adopt(&mut self, actual: Actual) -> Vec<Op> {
+        *self = Self::new(self.image.limits.clone());
+        let mut stages = Stages::default();
+        let unreadable = self.adopt_backends(&actual);
+        let slots = self.read_slots(&actual);
+        let frontends: BTreeMap<FrontendKey, FrontendValue> = actual.frontends.into_iter().collect();
+
+        let refs: BTreeSet<(u32, u32)> = frontends
+            .values()
+            .flat_map(|value| [value.external, value.internal])
+            .filter(|set| set.count > 0)
+            .map(|set| (set.base, set.count))
+            .collect();
+        let moved = self.adopt_sets(&refs, &slots, &mut stages);
+        self.adopt_frontends(frontends, &moved, &mut stages);
+        self.adopt_tables(actual.maglev, &mut stages);
+
+        for index in actual.slots.iter().map(|(index, _)| *index).collect::<BTreeSet<u32>>() {
+            let in_use =
+                self.image.blocks.range(..=index).next_back().is_some_and(|(base, block)| index - base < block.len);
+            if !in_use && index < self.image.limits.slots {
+                if self.image.slot(index) == SLOT_EMPTY {
+                    stages.empty_unknown(index);
+                } else {
+                    self.image.empty_slot(index, &mut stages);
+                }
+            }
+        }
+        for id in unreadable {
+            Image::free_unknown(id, &mut stages);
+        }
+        // Blocks made for sets that no frontend points at any more.
+        self.image.sweep(&mut stages);
+        stages.into_ops()
+    }
+
+    /// Returns the ids of unreadable backends.
+    fn adopt_backends(&mut self, actual: &Actual) -> Vec<BackendId> {
+        let backends: BTreeMap<BackendId, Backend> = actual.backends.iter().copied().collect();
+        let mut unreadable = Vec::new();
+        for (id, backend) in backends {
+            if id >= self.image.limits.backends || backend == Backend::default() {
+                continue;
+            }
+            if id == 0 || state_from(backend.state).is_none() {
+                unreadable.push(id);
+            } else {
+                self.image.adopt_backend(id, backend);
+            }
+        }
+        unreadable
+    }
+
+    /// Slots that hold a known backend.
+    fn read_slots(&self, actual: &Actual) -> BTreeMap<u32, BackendId> {
+        let all: BTreeMap<u32, BackendId> = actual.slots.iter().copied().collect();
+        let limit = self.image.limits.slots;
+        all.into_iter().filter(|(index, id)| *index < limit && self.image.backend(*id).is_some()).collect()
+    }
+
+    /// Takes over the sets that make sense and copies the others. Returns where each of the others is now.
+    fn adopt_sets(
+        &mut self,
+        refs: &BTreeSet<(u32, u32)>,
+        slots: &BTreeMap<u32, BackendId>,
+        stages: &mut Stages,
+    ) -> HashMap<(u32, u32), SetRef> {
+        for (index, id) in slots {
+            self.image.note_slot(*index, *id);
+        }
+        let mut bad: Vec<(u32, u32)> = Vec::new();
+        // The longest first: an interrupted plan leaves several counts for one base, and the rest is inside the longest.
+        for &(base, count) in refs.iter().rev() {
+            if self.image.blocks.get(&base).is_some_and(|block| count <= block.len) {
+                continue;
+            }
+            let whole = || slots.range(base..base.saturating_add(count)).count() == count as usize;
+            let order = order_for(count as usize).filter(|_| base > 0 && count <= self.image.limits.slots && whole());
+            match order {
+                Some(order) if self.image.allocator.reserve(base, order) => {
+                    self.image.add_block(base, order);
+                    if let Some(block) = self.image.blocks.get_mut(&base) {
+                        block.len = count;
+                    }
+                }
+                _ => bad.push((base, count)),
+            }
+        }
+        // Copies read what the maps held, in at most a few times the length of the array, however wild the counts are.
+        let mut budget = self.image.limits.slots as usize * 4;
+        let mut moved = HashMap::new();
+        for (base, count) in bad {
+            let mut seen = HashSet::new();
+            let mut read = 0;
+            let members: Vec<BackendId> = slots
+                .range(base..base.saturating_add(count))
+                .take(budget)
+                .inspect(|_| read += 1)
+                .map(|(_, id)| *id)
+                .filter(|id| seen.insert(*id))
+                .collect();
+            budget -= read;
+            let place = order_for(members.len()).and_then(|order| Some((order, self.image.allocator.allocate(order)?)));
+            let set = match place {
+                Some((order, at)) => {
+                    self.image.add_block(at, order);
+                    self.image.fill(at, &members, stages);
+                    self.image.set_ref(at)
+                }
+                None => SetRef::default(),
+            };
+            moved.insert((base, count), set);
+        }
+        moved
+    }
+
+    fn adopt_frontends(
+        &mut self,
+        frontends: BTreeMap<FrontendKey, FrontendValue>,
+        moved: &HashMap<(u32, u32), SetRef>,
+        stages: &mut Stages,
+    ) {
+        for (key, value) in frontends {
+            let now = |set: SetRef| moved.get(&(set.base, set.count)).copied().unwrap_or(set);
+            let repaired = FrontendValue { external: now(value.external), internal: now(value.internal), ..value };
+            self.image.count_refs(&repaired, true, stages);
+            self.image.frontends.insert(key, FrontendEntry { value: repaired, owner: None, users: 0 });
+            if repaired != value {
+                stages.put_adopted(key, repaired);
+            }
+            if value.service != 0 {
+                self.adopted_ids.insert(value.service);
+                self.next_id = self.next_id.max(value.service.saturating_add(1));
+            }
+        }
+    }
+
+    /// Keeps tables that can be right; writes those that must be there.
+    fn adopt_tables(&mut self, tables: Vec<(u32, Arc<[BackendId]>)>, stages: &mut Stages) {
+        let wanted: BTreeSet<u32> = self
+            .image
+            .frontends
+            .values()
+            .filter(|entry| entry.value.flags & frontend_flags::MAGLEV != 0)
+            .flat_map(|entry| [entry.value.external, entry.value.internal])
+            .filter(|set| set.count > 0)
+            .map(|set| set.base)
+            .collect();
+        let tables: BTreeMap<u32, Arc<[BackendId]>> = tables.into_iter().collect();
+        for (base, entries) in tables {
+            let members: HashSet<BackendId> = self.image.content(base).collect();
+            let right_size = entries.len() == self.image.limits.maglev_size as usize;
+            self.image.tables.insert(base, Table::Adopted(entries.clone()));
+            if !wanted.contains(&base) {
+                self.image.delete_table(base, stages);
+            } else if !right_size || entries.iter().any(|id| !members.contains(id)) {
+                self.image.put_table(base, stages);
+            }
+        }
+        for base in wanted {
+            if !self.image.tables.contains_key(&base) {
+                self.image.put_table(base, stages);
+            }
+        }
+    }
+}
+
+/// Ops that turn `actual` into `expected`, in the order of a plan.
+pub(super) fn difference(actual: &Actual, expected: &Actual) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let mut ends = Vec::new();
+
+    let (have, want) = (by_key(&actual.backends), by_key(&expected.backends));
+    ops.extend(changed(&have, &want).map(|(id, backend)| Op::Backend(id, *backend)));
+    let mut frees = Vec::new();
+    frees.extend(
+        extra(&have, &want).filter(|id| have[id] != &Backend::default()).map(|id| Op::Backend(id, Backend::default())),
+    );
+
+    let (have, want) = (by_key(&actual.slots), by_key(&expected.slots));
+    ops.extend(changed(&have, &want).map(|(index, id)| Op::Slot(index, *id)));
+    let empties: Vec<Op> = extra(&have, &want)
+        .filter(|index| *have[index] != SLOT_EMPTY)
+        .map(|index| Op::Slot(index, SLOT_EMPTY))
+        .collect();
+
+    let (have, want) = (by_key(&actual.maglev), by_key(&expected.maglev));
+    ops.extend(changed(&have, &want).map(|(base, table)| Op::PutMaglev(base, table.clone())));
+    let table_deletes: Vec<Op> = extra(&have, &want).map(Op::DeleteMaglev).collect();
+
+    let (have, want) = (by_key(&actual.frontends), by_key(&expected.frontends));
+    // Foreign entries first: they may fill the map, and nobody's traffic needs them.
+    ops.extend(extra(&have, &want).map(Op::DeleteFrontend));
+    ops.extend(changed(&have, &want).map(|(key, value)| Op::PutFrontend(key, *value)));
+
+    ends.extend(table_deletes);
+    ends.extend(empties);
+    ends.extend(frees);
+    ops.extend(ends);
+    ops
+}
+
+fn by_key<K: Copy + Ord, V>(entries: &[(K, V)]) -> BTreeMap<K, &V> {
+    entries.iter().map(|(key, value)| (*key, value)).collect()
+}
+
+fn changed<'a, K: Copy + Ord, V: PartialEq>(
+    have: &'a BTreeMap<K, &'a V>,
+    want: &'a BTreeMap<K, &'a V>,
+) -> impl Iterator<Item = (K, &'a V)> {
+    want.iter().filter(|(key, value)| have.get(key) != Some(value)).map(|(key, value)| (*key, *value))
+}
+
+fn extra<'a, K: Copy + Ord, V>(
+    have: &'a BTreeMap<K, &'a V>,
+    want: &'a BTreeMap<K, &'a V>,
+) -> impl Iterator<Item = K> + 'a {
+    have.keys().filter(|key| !want.contains_key(key)).copied()
+}
