@@ -229,12 +229,17 @@ impl Image {
         stages.touched.push(claim.id);
     }
 
-    /// Writes what the claims add up to: the best state that any service gives it.
+    /// Writes what the claims add up to: the best state that any service gives it. What was found at the start counts as
+    /// a claim until the prune, since its services may not have reported yet.
     pub(super) fn settle(&mut self, id: BackendId, is_new: bool, stages: &mut Stages) {
         let Some(entry) = self.backends.get_mut(id as usize) else { return };
         let Some(best) = entry.claims.iter().position(|n| *n > 0) else { return };
-        let flags = if entry.local > 0 { BACKEND_LOCAL } else { 0 };
-        let value = Backend { state: best as u8 + 1, flags, ..entry.value };
+        let mut value =
+            Backend { state: best as u8 + 1, flags: if entry.local > 0 { BACKEND_LOCAL } else { 0 }, ..entry.value };
+        if entry.adopted {
+            value.state = value.state.min(entry.value.state);
+            value.flags |= entry.value.flags;
+        }
         if is_new || value != entry.value {
             entry.value = value;
             stages.backends.push(Op::Backend(id, value));
@@ -292,9 +297,10 @@ impl Image {
 
     /// From now on backends that nobody claims are not kept for anybody.
     pub(super) fn end_adoption(&mut self, stages: &mut Stages) {
-        for (id, entry) in (0..).zip(&mut self.backends) {
-            if std::mem::take(&mut entry.adopted) {
+        for id in 0..self.backends.len() as u32 {
+            if std::mem::take(&mut self.backends[id as usize].adopted) {
                 stages.touched.push(id);
+                self.settle(id, false, stages);
             }
         }
     }
