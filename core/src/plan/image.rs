@@ -36,6 +36,11 @@ impl BackendEntry {
     fn claimed(&self) -> bool {
         self.claims.iter().any(|n| *n > 0)
     }
+
+    /// Goes when its only claim goes.
+    pub(super) fn only_claim(&self) -> bool {
+        self.claims.iter().sum::<u32>() == 1 && !self.adopted
+    }
 }
 
 /// What one service says of one backend: 8 bytes for each.
@@ -105,8 +110,10 @@ pub(super) struct Stages {
     idle: Vec<u32>,
     /// Backends that lost a slot or a claim.
     touched: Vec<BackendId>,
-    /// Only when the map is full: make room before filling it.
+    /// Only when the frontends map is full: make room before filling it.
     pub(super) delete_first: bool,
+    /// The same for the map of tables. In between, the programs choose at random.
+    pub(super) delete_tables_first: bool,
 }
 
 impl Stages {
@@ -124,6 +131,9 @@ impl Stages {
     pub(super) fn into_ops(mut self) -> Vec<Op> {
         let mut ops = self.backends;
         ops.append(&mut self.slots);
+        if self.delete_tables_first {
+            ops.append(&mut self.table_deletes);
+        }
         ops.append(&mut self.tables);
         if self.delete_first {
             ops.append(&mut self.deletes);
@@ -137,6 +147,10 @@ impl Stages {
     }
 }
 
+/// So many ids rest after their backend is gone before the first of them is given to another one, while there are others:
+/// connections that still know the old backend should not meet a new one under its id.
+const RESTING: usize = 1024;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -144,8 +158,7 @@ pub(super) struct Image {
     /// By id; index 0 is never used.
     backends: Vec<BackendEntry>,
     ids: HashMap<BackendKey, BackendId>,
-    /// Free ids below `backends.len()`, the one free for longest first: connections to a removed backend must not meet a
-    /// new one under its id.
+    /// Free ids below `backends.len()`, the one free for longest first.
     released: VecDeque<BackendId>,
     used: usize,
     slots: Vec<BackendId>,
@@ -204,8 +217,10 @@ impl Image {
 
     /// The next `n` ids, without taking them; fewer when there are not so many.
     pub(super) fn next_ids(&self, n: usize) -> Vec<BackendId> {
+        let rested = self.released.len().saturating_sub(RESTING);
         let fresh = self.backends.len() as u32..self.limits.backends;
-        self.released.iter().copied().chain(fresh).take(n).collect()
+        let (rested, resting) = (self.released.iter().take(rested), self.released.iter().skip(rested));
+        rested.copied().chain(fresh).chain(resting.copied()).take(n).collect()
     }
 
     /// Adds a service's claim. `value` says state and locality; the id is new when nobody had the backend.

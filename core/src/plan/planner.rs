@@ -14,7 +14,7 @@ use super::image::{BackendKey, Claim, Image, Stages, key_of};
 use super::slots::order_for;
 use super::{Actual, Op};
 use crate::maglev::{HashSeed, protocol_name};
-use crate::services::{Compiled, ServiceKey, address_text};
+use crate::services::{BackendRef, BackendSet, Compiled, ServiceKey, address_text};
 
 /// Sizes of the maps, and what Maglev tables are made with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +102,8 @@ struct Record {
     wants: Option<Arc<Compiled>>,
     /// Backends of the API server are kept although it has none (R25).
     kept: bool,
+    /// New backends did not fit.
+    short: Option<PlanError>,
 }
 
 /// Turns what services mean into ops, and knows what the maps hold after them.
@@ -173,12 +175,62 @@ impl Planner {
     /// Plans what a new or changed service needs.
     ///
     /// # Errors
-    /// [`PlanError::Full`], and then everything stays as it was, in the maps and here.
+    /// [`PlanError::Full`], and then everything stays as it was, in the maps and here. A service that gives up as many
+    /// backends as it adds is served in a full map too, the old ones leaving before the new ones come.
     pub fn update(&mut self, key: &ServiceKey, compiled: &Compiled) -> Result<Vec<Op>, PlanError> {
         let mut ops = Vec::new();
-        let freed = self.apply(key, compiled, &mut ops)?;
+        let freed = match self.apply(key, compiled, &mut ops) {
+            Err(full) if self.fits_after_leaving(key, compiled) => {
+                let remaining = self.known_part(compiled);
+                let mut freed = self.apply(key, &remaining, &mut ops).map_err(|_| full)?;
+                // The first part must be performed in any case. Should the second one still find no room, for slots, the
+                // service at least has lost its dead backends, and says what is missing.
+                match self.apply(key, compiled, &mut ops) {
+                    Ok(more) => freed.extend(more),
+                    Err(full) => self.note_short(key, full),
+                }
+                freed
+            }
+            result => result?,
+        };
         self.hand_over(freed, &mut ops);
         Ok(ops)
+    }
+
+    /// Whether the new backends of the service fit once those that only it had, and no longer wants, are gone.
+    fn fits_after_leaving(&self, key: &ServiceKey, compiled: &Compiled) -> bool {
+        let Some(record) = self.services.get(key) else { return false };
+        let wanted: HashSet<BackendKey> = backend_keys(compiled).collect();
+        let missing = wanted.iter().filter(|key| self.image.backend_id(key).is_none()).count();
+        let leaving = record
+            .claims
+            .iter()
+            .filter_map(|claim| self.image.backend(claim.id))
+            .filter(|entry| entry.only_claim() && !wanted.contains(&key_of(&entry.value)))
+            .count();
+        missing > 0
+            && leaving > 0
+            && self.image.backends_used() + 1 + missing - leaving <= self.image.limits.backends as usize
+    }
+
+    /// The service without the backends that nobody has so far.
+    fn known_part(&self, compiled: &Compiled) -> Compiled {
+        let known = |backend: &&BackendRef| self.image.backend_id(&key_of_ref(backend)).is_some();
+        let sets = compiled
+            .sets
+            .iter()
+            .map(|set| BackendSet {
+                usable: set.backends.iter().take(set.usable).filter(known).count(),
+                backends: set.backends.iter().filter(known).cloned().collect(),
+            })
+            .collect();
+        Compiled { sets, ..compiled.clone() }
+    }
+
+    fn note_short(&mut self, key: &ServiceKey, full: PlanError) {
+        if let Some(record) = self.services.get_mut(key) {
+            record.short = Some(full);
+        }
     }
 
     /// Plans the end of a service. What it had and others wait for goes to them.
@@ -258,6 +310,7 @@ impl Planner {
                 }
             })
             .collect();
+        problems.extend(record.short.map(|full| format!("new endpoints are not in use: {full}")));
         if record.kept {
             problems.push(
                 "no usable endpoints: the last known ones are kept, so that the API server stays reachable".to_owned(),
@@ -355,8 +408,14 @@ impl Planner {
             }
         }
         let kept = self.keep_api(me, &mut sets, &mut claims);
-        self.check_tables(&sets)?;
-        let placed = self.place(&sets, &refs)?;
+        let (placed, taken) = self.place(&sets, &refs)?;
+        stages.delete_tables_first = match self.check_tables(&sets, &placed, &refs) {
+            Ok(delete_first) => delete_first,
+            Err(full) => {
+                self.give_back(taken);
+                return Err(full);
+            }
+        };
 
         // From here on nothing can fail.
         let mut old = Vec::new();
@@ -373,6 +432,7 @@ impl Planner {
         }
         record.claims = claims.iter().map(|(id, value)| Claim::new(*id, value)).collect();
         record.kept = kept;
+        record.short = None;
 
         for (index, base) in &placed {
             self.image.fill(*base, &sets[index].ids, &mut stages);
@@ -451,18 +511,31 @@ impl Planner {
         Ok(peak > capacity)
     }
 
-    fn check_tables(&self, sets: &BTreeMap<usize, Members>) -> Result<(), PlanError> {
+    /// The same for tables: those of my blocks that will not have one any more make room.
+    fn check_tables(
+        &self,
+        sets: &BTreeMap<usize, Members>,
+        placed: &BTreeMap<usize, u32>,
+        refs: &HashMap<u32, u32>,
+    ) -> Result<bool, PlanError> {
         let tables = &self.image.tables;
-        let new = sets
-            .values()
-            .filter(|set| {
-                set.tabled && !set.ids.is_empty() && !set.candidates.iter().any(|base| tables.contains_key(base))
+        let capacity = self.image.limits.maglev_tables as usize;
+        let tabled: BTreeSet<u32> =
+            placed.iter().filter(|(index, _)| sets[index].tabled).map(|(_, base)| *base).collect();
+        let new = tabled.iter().filter(|base| !tables.contains_key(base)).count();
+        let gone = refs
+            .iter()
+            .filter(|(base, mine)| {
+                tables.contains_key(base)
+                    && !tabled.contains(base)
+                    && self.image.blocks.get(base).is_some_and(|block| block.users == **mine)
             })
             .count();
-        if new > 0 && tables.len() + new > self.image.limits.maglev_tables as usize {
+        let peak = tables.len() + new;
+        if new > 0 && peak - gone > capacity {
             return Err(self.full("maglev"));
         }
-        Ok(())
+        Ok(peak > capacity)
     }
 
     fn full(&self, table: &'static str) -> PlanError {
@@ -561,7 +634,7 @@ impl Planner {
         &mut self,
         sets: &BTreeMap<usize, Members>,
         refs: &HashMap<u32, u32>,
-    ) -> Result<BTreeMap<usize, u32>, PlanError> {
+    ) -> Result<(BTreeMap<usize, u32>, Vec<Taken>), PlanError> {
         let mut placed: BTreeMap<usize, u32> = BTreeMap::new();
         let mut taken: HashSet<u32> = HashSet::new();
         let exclusive = |image: &Image, base: &u32| {
@@ -608,7 +681,7 @@ impl Planner {
             taken.insert(base);
             placed.insert(*index, base);
         }
-        Ok(placed)
+        Ok((placed, undo))
     }
 
     /// Makes room for `1 << order` slots where the block lies, if that is possible.
@@ -738,11 +811,19 @@ impl Members {
             .get(index)
             .into_iter()
             .flat_map(|set| set.backends.iter().take(set.usable))
-            .filter_map(|backend| ids.get(&(backend.addr.into(), Be16::new(backend.port), backend.proto)).copied())
+            .filter_map(|backend| ids.get(&key_of_ref(backend)).copied())
             .filter(|id| seen.insert(*id))
             .collect();
         Self { ids: members, candidates: Vec::new(), tabled: false }
     }
+}
+
+fn key_of_ref(backend: &BackendRef) -> BackendKey {
+    (backend.addr.into(), Be16::new(backend.port), backend.proto)
+}
+
+fn backend_keys(compiled: &Compiled) -> impl Iterator<Item = BackendKey> + '_ {
+    compiled.sets.iter().flat_map(|set| set.backends.iter()).map(key_of_ref)
 }
 
 fn scopes(value: &FrontendValue) -> [SetRef; 2] {
