@@ -87,8 +87,20 @@ fn r24_holes_free_backends_and_wild_references_are_repaired() {
     let set = healthy.frontends[&frontend].internal;
     type Damage = (&'static str, fn(&mut Maps, SetRef), u32);
     let table: [Damage; 5] = [
-        ("an empty slot", |maps, set| drop(maps.slots.remove(&set.base)), 1),
-        ("a free backend", |maps, set| drop(maps.backends.remove(&maps.slots[&set.base])), 1),
+        (
+            "an empty slot",
+            |maps, set| {
+                maps.slots.remove(&set.base);
+            },
+            1,
+        ),
+        (
+            "a free backend",
+            |maps, set| {
+                maps.backends.remove(&maps.slots[&set.base]);
+            },
+            1,
+        ),
         (
             "an unreadable backend",
             |maps, set| maps.backends.get_mut(&maps.slots[&set.base]).expect("there").state = 200,
