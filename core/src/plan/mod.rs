@@ -7,9 +7,12 @@
 mod adopt;
 mod image;
 mod planner;
+mod room;
+mod service;
 mod slots;
 
-pub use planner::{Limits, PlanError, Planner, Stats, keep_api_backends};
+pub use planner::{Limits, PlanError, Planner, Stats};
+pub use service::keep_api_backends;
 
 use std::sync::Arc;
 

@@ -174,3 +174,17 @@ fn ids_of_unclaimed_services_are_not_given_to_new_ones() {
     assert_eq!(ids, [1, 2, 3]);
     assert_eq!(planner.service_of(&key_at(&maps, 2)), Some(&key("new")));
 }
+
+#[test]
+fn ids_that_wrap_around_pass_over_those_in_use() {
+    let (web, db) = two_services();
+    let mut maps = directly([("web", &web), ("db", &db)]);
+    let (first, second) = (key_at(&maps, 0), key_at(&maps, 1));
+    maps.frontends.get_mut(&first).expect("there").service = u32::MAX;
+    maps.frontends.get_mut(&second).expect("there").service = 1;
+    let mut planner = planner();
+    assert_eq!(planner.adopt(maps.actual()), []);
+    let new = Spec { ip: 3, ports: vec![100], pods: ups([1]), ..Spec::default() };
+    update(&mut planner, &mut maps, "new", &new);
+    assert_eq!(maps.frontends[&key_at(&maps, 2)].service, 2);
+}
