@@ -54,8 +54,10 @@ pub struct MapWriter {
     maps: Follower<MapsHandle>,
     store: Option<Arc<dyn MapStore>>,
     planner: Planner,
+    /// What the planner was made with.
+    limits: Limits,
     pruned: bool,
-    /// Services that did not fit; tried again after every removal and on every verification.
+    /// Services that did not fit, or met another's address; tried again after every removal and on every verification.
     refused: BTreeMap<ServiceKey, String>,
     verify: Timer,
 }
@@ -72,6 +74,7 @@ impl Actor for MapWriter {
             maps: world.maps.follow(wake),
             store: None,
             planner: Planner::new(Limits::default()),
+            limits: Limits::default(),
             pruned: false,
             refused: BTreeMap::new(),
             verify,
@@ -99,7 +102,8 @@ impl MapWriter {
     /// Starts over on a freshly loaded data path.
     async fn adopt(&mut self, handle: &MapsHandle) -> Result<(), Failure> {
         let store = handle.store.clone();
-        if self.store.as_ref().is_some_and(|old| Arc::ptr_eq(old, &store)) {
+        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, &store) && self.limits == handle.limits;
+        if self.store.as_ref().is_some_and(same) {
             return Ok(());
         }
         let actual = blocking({
@@ -108,9 +112,10 @@ impl MapWriter {
         })
         .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        self.planner = Planner::new(handle.limits);
+        self.planner = Planner::new(handle.limits.clone());
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
+        self.limits = handle.limits.clone();
         self.pruned = false;
         self.refused.clear();
         self.compiled.mark_all();
@@ -161,17 +166,18 @@ impl MapWriter {
     }
 
     fn plan(&mut self, key: &ServiceKey, compiled: &Compiled, plans: &mut Vec<Vec<Op>>) {
-        match self.planner.update(key, compiled) {
+        // Other parts of a Service are programmed when one address is somebody else's.
+        let refusal = match self.planner.update(key, compiled) {
             Ok(ops) => {
-                self.refused.remove(key);
                 plans.push(ops);
+                self.planner.problems(key).join("; ")
             }
-            Err(error) => {
-                let text = error.to_string();
-                if self.refused.insert(key.clone(), text.clone()).as_ref() != Some(&text) {
-                    tracing::error!(service = %key, error = text, "service not programmed");
-                }
-            }
+            Err(error) => error.to_string(),
+        };
+        if refusal.is_empty() {
+            self.refused.remove(key);
+        } else if self.refused.insert(key.clone(), refusal.clone()).as_ref() != Some(&refusal) {
+            tracing::error!(service = %key, error = refusal, "service not fully programmed");
         }
     }
 
@@ -187,10 +193,6 @@ impl MapWriter {
     /// Compares the maps with the plan and writes the difference: what others changed, and what was refused.
     async fn verify(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
         self.verify = self.me.cast_after(self.world.config().services.verify_interval, MapWriterMsg::Verify);
-        if !self.pruned {
-            // What nobody has claimed yet is not a difference.
-            return self.sync(store).await;
-        }
         let actual = blocking({
             let store = store.clone();
             move || store.read()
