@@ -9,11 +9,18 @@ use anyhow::{Context, bail, ensure};
 use kinesin::lab::{AgentOptions, HTTP_PORT, Lab, manifests};
 use kinesin::net::Rtnl;
 use kinesin::net::rtnl::Route;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::report::{heading, line, median, quantile};
 
 const TURN: Duration = Duration::from_millis(500);
 const TURNS: usize = 15;
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+/// Apart from each other: while the programs remember a client's connection to a service, its port cannot be used for
+/// one to the very same pod, see docs/performance.md.
+const PORTS_THROUGH: &str = "10000 35000";
+const PORTS_DIRECT: &str = "36000 60999";
 const CONNECTIONS: usize = 8;
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n";
 const LAST_REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n";
@@ -43,7 +50,11 @@ async fn start() -> anyhow::Result<(Lab, kinesin::lab::AgentHandle)> {
     let lab = Lab::builder("bench-requests").nodes(2).pods_per_node(1).binary(&binary).build().await?;
     for pod in lab.pods() {
         pod.serve().await?;
+        for pid in std::fs::read_to_string(pod.cgroup().join("cgroup.procs"))?.lines() {
+            pin(Pid::from_raw(pid.parse()?), 1)?;
+        }
     }
+    lab.client().netns().run(|| std::fs::write(PORT_RANGE, PORTS_THROUGH))??;
     // The client's way to the pods themselves, which a LAN does not have.
     let rtnl = Rtnl::open_in(lab.client().netns())?;
     let eth0 = rtnl.device("eth0").await?.ifindex;
@@ -95,15 +106,26 @@ endpoints: [{{ addresses: [{pod}], nodeName: {node}, conditions: {{ ready: true 
     )
 }
 
+/// Keeps a process (0: this thread) on one core: servers and client side by side on two, or each turn measures where the
+/// scheduler happened to put them. On a machine with one core nothing is to be chosen.
+fn pin(pid: Pid, core: usize) -> anyhow::Result<()> {
+    if std::thread::available_parallelism()?.get() > 1 {
+        let mut cores = CpuSet::new();
+        cores.set(core)?;
+        sched_setaffinity(pid, &cores)?;
+    }
+    Ok(())
+}
+
 type Load = fn(SocketAddr, Duration) -> anyhow::Result<u64>;
 
 /// Turns of `through` and `direct`; prints the median of the ratios of neighbouring turns.
 fn compare(lab: &Lab, what: &str, through: SocketAddr, direct: SocketAddr, load: Load) -> anyhow::Result<()> {
     let turn = |to| -> anyhow::Result<f64> {
-        // Apart, because a pod's answer to one client port is either the service's or its own.
-        let ports = if to == through { "10000 35000" } else { "36000 60999" };
+        let ports = if to == through { PORTS_THROUGH } else { PORTS_DIRECT };
         let load = || -> anyhow::Result<u64> {
-            std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", ports)?;
+            std::fs::write(PORT_RANGE, ports)?;
+            pin(Pid::from_raw(0), 0)?;
             load(to, TURN)
         };
         let done = lab.client().netns().run(load)?.with_context(|| format!("load on {to}"))?;
