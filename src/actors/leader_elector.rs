@@ -30,7 +30,7 @@ pub enum LeaderElectorMsg {
     /// The state machine asked to be woken.
     Alarm,
     /// A write has ended.
-    Written(Result<Lease, WriteError>),
+    Written(Result<Box<Lease>, WriteError>),
 }
 
 impl Label for LeaderElectorMsg {
@@ -80,7 +80,7 @@ impl Actor for LeaderElector {
         match message {
             LeaderElectorMsg::Wake => self.wake(),
             LeaderElectorMsg::Alarm => self.step(Input::Tick),
-            LeaderElectorMsg::Written(Ok(lease)) => self.step(Input::WriteSucceeded(lease)),
+            LeaderElectorMsg::Written(Ok(lease)) => self.step(Input::WriteSucceeded(*lease)),
             LeaderElectorMsg::Written(Err(error)) => {
                 tracing::debug!(%error, "lease not written");
                 self.step(Input::WriteFailed);
@@ -143,7 +143,7 @@ impl LeaderElector {
     fn write(&self, lease: Lease) {
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = source.put_lease(&lease).await;
+            let result = source.put_lease(&lease).await.map(Box::new);
             me.cast(LeaderElectorMsg::Written(result));
         });
     }

@@ -35,7 +35,7 @@ pub enum MembershipMsg {
     /// Somebody's presence may have run out.
     Alarm,
     /// A write has ended.
-    Written(Result<Lease, WriteError>),
+    Written(Result<Box<Lease>, WriteError>),
 }
 
 impl Label for MembershipMsg {
@@ -159,7 +159,7 @@ impl Membership {
         let lease = self.lease(&claims);
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = put(&*source, lease).await;
+            let result = put(&*source, lease).await.map(Box::new);
             me.cast(MembershipMsg::Written(result));
         });
     }
@@ -195,7 +195,7 @@ impl Membership {
         }
     }
 
-    fn written(&mut self, result: Result<Lease, WriteError>) {
+    fn written(&mut self, result: Result<Box<Lease>, WriteError>) {
         self.writing = false;
         match result {
             Ok(lease) => {
