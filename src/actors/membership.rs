@@ -197,11 +197,9 @@ impl Membership {
         match result {
             Ok(lease) => {
                 self.world.problems.clear("presence");
-                // Sooner than the watch.
-                self.version = lease.metadata.resource_version.clone();
-                if let Err(error) = self.tracker.observe(&lease, clock::now()) {
-                    self.world.problems.set("presence", vec![error.to_string()]);
-                }
+                // Sooner than the watch. Only the version: as a sign of life it would vouch for a watch that may be broken
+                // while writes go through, and the others would be declared dead.
+                self.version = lease.metadata.resource_version;
             }
             Err(error) => self.world.problems.set("presence", vec![error.to_string()]),
         }
