@@ -39,7 +39,7 @@ mod trees;
 use answers::Answers;
 
 /// A child may fail six times in twenty seconds; with these pauses one that cannot start at all escalates after about
-/// three, and the process ends after about a minute of trying.
+/// three.
 const POLICY: Policy = Policy {
     strategy: Strategy::OneForOne,
     max_restarts: 6,
@@ -49,6 +49,11 @@ const POLICY: Policy = Policy {
 };
 
 const REST_FOR_ONE: Policy = Policy { strategy: Strategy::RestForOne, ..POLICY };
+
+/// A failure of a whole group is seven failures of one child already, and takes three seconds and more to come about: fewer
+/// are allowed, in a longer time. The process ends after about a quarter of a minute of trying when a child refuses at
+/// once, and still within the window when each attempt takes two seconds.
+const ROOT: Policy = Policy { max_restarts: 3, within: Duration::from_secs(120), ..POLICY };
 
 /// Runs the agent until it is told to stop. Fails when its supervision gives up: the process ends, its pod restarts, and
 /// the pinned programs carry the traffic meanwhile.
@@ -178,5 +183,5 @@ fn tree(
             }),
         ],
     );
-    Child::supervisor("agent", POLICY, vec![health, node, datapath, cluster, routing])
+    Child::supervisor("agent", ROOT, vec![health, node, datapath, cluster, routing])
 }

@@ -1,7 +1,7 @@
 //! Loads the programs and keeps them attached where they belong.
 //!
 //! owns: the eBPF object, the hooks and their pins, the devices map, the static part of the settings
-//! hears: changes of the node's devices and of the configuration
+//! hears: changes of the node's devices and of the configuration, the clock for comparing both with what is written
 //! says: the maps level: the maps and what is attached where
 //! restart story: loads again, adopts the pinned maps and replaces the program of each pinned link in place, so that no
 //! packet meets an empty hook
@@ -19,10 +19,11 @@ use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_REJECT_NO_BACKEND}
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::Limits;
+use metrics::counter;
 use smol_str::SmolStr;
 
 use crate::actor::{Actor, Failure};
-use crate::address::{Address, Label};
+use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
 use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
 use crate::level::Follower;
@@ -32,11 +33,16 @@ use crate::world::{Devices, MapsHandle, World};
 pub enum LoaderMsg {
     /// Devices or configuration changed.
     Wake,
+    /// Time to compare what is written with what should be.
+    Verify,
 }
 
 impl Label for LoaderMsg {
     fn label(&self) -> &'static str {
-        "Wake"
+        match self {
+            Self::Wake => "Wake",
+            Self::Verify => "Verify",
+        }
     }
 }
 
@@ -46,12 +52,14 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 /// The actor.
 pub struct Loader {
     world: World,
+    me: Address<LoaderMsg>,
     options: Options,
     loaded: Loaded,
     devices: Follower<Devices>,
     config: Follower<Config>,
     /// Devices that carry our programs, by index.
     attached: BTreeMap<u32, SmolStr>,
+    verify: Timer,
 }
 
 /// What a load depends on; a change of it makes maps and programs anew.
@@ -83,6 +91,8 @@ impl Actor for Loader {
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
             attached: BTreeMap::new(),
+            verify: me.cast_after(world.config().services.verify_interval, LoaderMsg::Verify),
+            me,
             world,
         };
         loader.write_settings()?;
@@ -90,8 +100,13 @@ impl Actor for Loader {
         Ok(loader)
     }
 
-    async fn handle(&mut self, LoaderMsg::Wake: LoaderMsg) -> Result<(), Failure> {
-        if let Some(config) = self.config.changed() {
+    async fn handle(&mut self, message: LoaderMsg) -> Result<(), Failure> {
+        if let LoaderMsg::Verify = message {
+            self.verify = self.me.cast_after(self.world.config().services.verify_interval, LoaderMsg::Verify);
+        }
+        let config = self.config.changed();
+        let news = self.devices.changed().is_some() | config.is_some();
+        if let Some(config) = config {
             let options = Options::from(&*config);
             if options != self.options {
                 tracing::info!("maps and programs are made anew");
@@ -99,12 +114,15 @@ impl Actor for Loader {
                 self.options = options;
                 self.attached.clear();
             }
-            self.write_settings()?;
         }
+        let mut written = usize::from(self.write_settings()?);
         // Also without a change: hooks of a fresh load are still to be attached.
-        let _ = self.devices.changed();
         if let Some(devices) = self.world.devices.get() {
-            self.follow_devices(&devices)?;
+            written += self.follow_devices(&devices)?;
+        }
+        if written > 0 && !news {
+            counter!("kinesin_map_repairs_total").increment(written as u64);
+            tracing::warn!(operations = written, "settings or devices differed: repaired");
         }
         self.publish();
         Ok(())
@@ -137,26 +155,35 @@ impl From<&Config> for Options {
 }
 
 impl Loader {
-    fn write_settings(&self) -> Result<(), Failure> {
+    /// Returns whether anything was different.
+    fn write_settings(&self) -> Result<bool, Failure> {
         let config = self.world.config();
         let reject = config.services.no_backend == NoBackend::Reject;
         let (snat_min, snat_max) = config.services.snat_ports();
+        let mut differs = false;
         update_settings(&*self.loaded.store, |settings| {
+            let before = *settings;
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
             settings.maglev_seed = seed(&config).jhash;
+            settings.pad = 0;
+            differs = *settings != before;
         })?;
-        Ok(())
+        Ok(differs)
     }
 
-    fn follow_devices(&mut self, devices: &Devices) -> Result<(), Failure> {
+    /// Returns how many entries of the devices map were written or deleted.
+    fn follow_devices(&mut self, devices: &Devices) -> Result<usize, Failure> {
         let values: BTreeMap<_, _> = devices.all.iter().map(|device| (device.ifindex, device_value(device))).collect();
         let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
+        let mut written = 0;
         for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
             self.loaded.store.put_device(*ifindex, value)?;
+            written += 1;
         }
         for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
             self.loaded.store.delete_device(*ifindex)?;
+            written += 1;
         }
         let wanted: BTreeMap<_, _> = devices.selected().map(|device| (device.ifindex, device.name.clone())).collect();
         for (ifindex, name) in self.attached.iter().filter(|(ifindex, _)| !wanted.contains_key(ifindex)) {
@@ -179,7 +206,7 @@ impl Loader {
             }
         }
         self.attached = wanted;
-        Ok(())
+        Ok(written)
     }
 
     fn publish(&self) {

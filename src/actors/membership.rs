@@ -106,6 +106,9 @@ impl Actor for Membership {
                 }
             }
             MembershipMsg::Renew => {
+                // The first message of an instance, which knows nobody yet: to publish that would make this node claim
+                // everything.
+                self.observe();
                 // Two renewals may be lost before the others notice.
                 let period = timing(&self.world.config()).sanitised().0.lease_duration / 3;
                 self.renew = Some(self.me.cast_after(period, MembershipMsg::Renew));

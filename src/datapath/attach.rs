@@ -143,16 +143,13 @@ fn adopt(
 /// Attaches as a filter of the clsact qdisc, replacing our own if there is one.
 pub(crate) fn clsact(
     program: &mut SchedClassifier,
-    name: &std::ffi::CStr,
     ifindex: u32,
     direction: TcAttachType,
     links: &Path,
 ) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| chain(error);
-    match tc::qdisc_add_clsact(name) {
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(error) => return Err(text(&error)),
-    }
+    // Usually it is there already; if it could not be made, attaching fails and says this too.
+    let qdisc = tc::qdisc_add_clsact(ifindex).err();
     let old = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)
         .map_err(|error| text(&error))?;
     let id = match program.attach_to_link(old) {
@@ -161,7 +158,10 @@ pub(crate) fn clsact(
             let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
             program
                 .attach(ifindex, aya::programs::tc::TcAttach::Netlink { parent: direction.into(), options })
-                .map_err(|error| text(&error))?
+                .map_err(|error| match &qdisc {
+                    Some(qdisc) => format!("{}; clsact: {}", text(&error), text(qdisc)),
+                    None => text(&error),
+                })?
         }
     };
     let link = program.take_link(id).map_err(|error| text(&error))?;

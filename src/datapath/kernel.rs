@@ -37,6 +37,20 @@ impl KernelMaps {
         Ok(Self { tables })
     }
 
+    /// The maps that an agent has pinned below this root, to look at them from outside; none while one is missing.
+    ///
+    /// # Errors
+    /// A pin cannot be opened, or is no map.
+    pub fn open_pinned(bpf_root: &std::path::Path) -> io::Result<Option<Self>> {
+        let dir = super::maps_dir(bpf_root);
+        let mut fds = Vec::with_capacity(TABLES.len());
+        for table in TABLES {
+            let Some(fd) = sys::open_pin(&dir.join(table.to_uppercase()))? else { return Ok(None) };
+            fds.push(fd);
+        }
+        Self::new(fds.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?).map(Some)
+    }
+
     /// The file descriptor of a table, for tests that look at it from outside.
     pub fn raw_fd(&self, table: &str) -> Result<BorrowedFd<'_>, TableError> {
         Ok(self.table(table_name(table)?).fd())
@@ -146,7 +160,7 @@ pub(crate) fn maglev_bytes(ids: &[BackendId]) -> io::Result<Vec<u8>> {
 
 /// The ids of a stored table.
 pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
-    bytes.chunks_exact(4).filter_map(from_bytes).take(MAGLEV_TABLE_SIZE as usize).collect()
+    bytes.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).take(MAGLEV_TABLE_SIZE as usize).collect()
 }
 
 /// Whether a flow is connectionless and goes to, or comes from, one of these backends.

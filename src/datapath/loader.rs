@@ -1,7 +1,6 @@
 //! Loading the programs and their maps, and attaching them.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -304,19 +303,13 @@ impl Datapath {
             TcAttachType::Ingress => format!("{name} ingress"),
             TcAttachType::Egress => format!("{name} egress"),
         };
-        let result = self.try_attach(name, ifindex, program, direction);
+        let result = self.try_attach(ifindex, program, direction);
         let status = HookStatus::new(program, place, result);
         self.hooks.insert((attach::device_pin(ifindex, direction), String::new()), status.clone());
         status
     }
 
-    fn try_attach(
-        &mut self,
-        name: &str,
-        ifindex: u32,
-        program: &str,
-        direction: TcAttachType,
-    ) -> Result<Attachment, String> {
+    fn try_attach(&mut self, ifindex: u32, program: &str, direction: TcAttachType) -> Result<Attachment, String> {
         if LAYER3.contains(&program) {
             self.load_program(program);
         }
@@ -338,8 +331,7 @@ impl Datapath {
                 Err(error) => return Err(error.to_string()),
             }
         }
-        let c_name = CString::new(name).map_err(|error| error.to_string())?;
-        attach::clsact(loaded, &c_name, ifindex, direction, &self.links)?;
+        attach::clsact(loaded, ifindex, direction, &self.links)?;
         Ok(Attachment::Clsact)
     }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
+use hyper::Method;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
@@ -186,7 +187,7 @@ impl AgentHandle {
     pub async fn wait_ready(&self, limit: Duration) -> Result<(), LabError> {
         let deadline = Instant::now() + limit;
         loop {
-            let answer = match unix_get(&self.socket, "/readyz").await {
+            let answer = match unix_request(&self.socket, Method::GET, "/readyz", String::new()).await {
                 Ok((200, _)) => return Ok(()),
                 Ok((status, body)) => format!("{status} {body}"),
                 Err(error) => error.to_string(),
@@ -204,19 +205,38 @@ impl AgentHandle {
     /// # Errors
     /// When it does not answer.
     pub async fn get(&self, path: &str) -> Result<(u16, String), LabError> {
-        unix_get(&self.socket, path).await.map_err(|e| {
-            LabError::Program(format!("get {path} from {}: {e}; {}", self.socket.display(), self.process.report()))
+        self.request(Method::GET, path, String::new()).await
+    }
+
+    /// Sends JSON to a path of the agent's socket; returns status and body.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn post(&self, path: &str, body: &serde_json::Value) -> Result<(u16, String), LabError> {
+        self.request(Method::POST, path, body.to_string()).await
+    }
+
+    async fn request(&self, method: Method, path: &str, body: String) -> Result<(u16, String), LabError> {
+        unix_request(&self.socket, method, path, body).await.map_err(|e| {
+            LabError::Program(format!("ask {path} of {}: {e}; {}", self.socket.display(), self.process.report()))
         })
     }
 }
 
 /// One HTTP request over a unix socket.
-async fn unix_get(socket: &Path, path: &str) -> Result<(u16, String), Box<dyn std::error::Error + Send + Sync>> {
+async fn unix_request(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: String,
+) -> Result<(u16, String), Box<dyn std::error::Error + Send + Sync>> {
     let work = async {
         let stream = UnixStream::connect(socket).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
-        let request = hyper::Request::get(path).header(hyper::header::HOST, "localhost").body(Empty::<Bytes>::new())?;
+        let request = hyper::Request::builder().method(method).uri(path).header(hyper::header::HOST, "localhost");
+        let request =
+            request.header(hyper::header::CONTENT_TYPE, "application/json").body(Full::new(Bytes::from(body)))?;
         let response = sender.send_request(request).await?;
         let status = response.status().as_u16();
         let body = response.into_body().collect().await?.to_bytes();

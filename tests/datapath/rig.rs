@@ -202,7 +202,8 @@ pub(crate) struct Rig {
     pub(crate) datapath: Datapath,
     pub(crate) maps: Arc<KernelMaps>,
     pub(crate) lan: u32,
-    pub(crate) root: BpfRoot,
+    /// Unmounted last.
+    _root: BpfRoot,
 }
 
 impl Rig {
@@ -220,7 +221,7 @@ impl Rig {
         assert!(refused.is_empty(), "{refused:#?}");
         let maps = datapath.kernel_maps();
         let lan = ifindex(LAN);
-        let rig = Self { datapath, maps, lan, root };
+        let rig = Self { datapath, maps, lan, _root: root };
         rig.maps.write_settings(&settings()).expect("settings");
         rig.maps.put_device(lan, &device()).expect("device");
         rig.maps.apply(&services()).expect("services");

@@ -1,0 +1,10 @@
+//! Chaos, with the real agent on lab nodes under traffic that counts every loss: killed actors and agents, tampered maps,
+//! power cuts, bad input. Needs root.
+
+#![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
+
+#[path = "chaos/rig.rs"]
+mod rig;
+
+#[path = "chaos/agents.rs"]
+mod agents;
