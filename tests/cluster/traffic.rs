@@ -106,12 +106,8 @@ async fn backends_everywhere(cluster: &Cluster, frontend: &str, pods: &[kinesin:
                 let frontends = cluster.ask(number, &["services"])?;
                 let found = frontends.as_array().unwrap().iter().find(|f| f["address"] == frontend);
                 let found = found.ok_or_else(|| format!("no {frontend} on node-{number}"))?;
-                let mut backends: Vec<String> = found["backends"]
-                    .as_array()
-                    .unwrap()
-                    .iter()
-                    .map(|b| b["address"].as_str().unwrap().into())
-                    .collect();
+                let used = found["backends"].as_array().unwrap().iter().filter(|b| b["state"] == "active");
+                let mut backends: Vec<String> = used.map(|b| b["address"].as_str().unwrap().into()).collect();
                 backends.sort();
                 if backends != wanted || found["status"] != "programmed" {
                     return Err(format!("node-{number}: {found}"));
