@@ -179,7 +179,9 @@ pub(crate) fn detach(ifindex: u32, links: &Path) -> io::Result<()> {
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
         let name = device_pin(ifindex, direction);
         for (pin, is_filter) in [(name.clone(), false), (name + CLSACT, true)] {
-            match fs::remove_file(links.join(pin)) {
+            let pin = links.join(pin);
+            release(&pin);
+            match fs::remove_file(pin) {
                 Ok(()) if is_filter => result = result.and(remove_filter(ifindex, direction)),
                 Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
                 _ => {}
@@ -198,11 +200,22 @@ fn remove_filter(ifindex: u32, direction: TcAttachType) -> io::Result<()> {
     })
 }
 
-/// Removes all clsact filters that pins say are ours.
-pub(crate) fn remove_filters(links: &Path) -> io::Result<()> {
+/// Empties the hook of a pinned link, if that is what is pinned. Where the kernel cannot (before 5.9, or because the
+/// device has gone), the hook empties with the pin.
+fn release(pin: &Path) {
+    if let Ok(Some(link)) = sys::open_pin(pin)
+        && sys::link_info(link.as_fd()).is_ok()
+    {
+        let _ = sys::detach_link(link.as_fd());
+    }
+}
+
+/// Empties all hooks that pins say are ours: links, and clsact filters.
+pub(crate) fn detach_pinned(links: &Path) -> io::Result<()> {
     let Ok(pins) = fs::read_dir(links) else { return Ok(()) };
     let mut result = Ok(());
     for pin in pins.flatten() {
+        release(&pin.path());
         let name = pin.file_name().to_string_lossy().into_owned();
         let Some((ifindex, direction)) = name.strip_suffix(CLSACT).and_then(|name| name.split_once('-')) else {
             continue;

@@ -58,7 +58,7 @@ pub fn cgroup2_root() -> Option<PathBuf> {
 /// Removes everything that an agent has left in the kernel below this root: hooks first, then maps. Missing pins are no
 /// error; what cannot be removed is reported after the rest is gone.
 pub fn detach_all(bpf_root: &Path) -> io::Result<()> {
-    let mut first_error = attach::remove_filters(&links_dir(bpf_root)).err();
+    let mut first_error = attach::detach_pinned(&links_dir(bpf_root)).err();
     if let Err(error) = fs::remove_dir_all(bpf_root.join("kinesin"))
         && error.kind() != io::ErrorKind::NotFound
     {

@@ -26,6 +26,7 @@ pub(crate) enum Command {
     DeleteBatch = 27,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// Structures whose bytes the kernel may read and write.
@@ -299,4 +300,10 @@ pub(crate) fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32
 pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkAttr { first: link.as_raw_fd() as u32, second: program.as_raw_fd() as u32, third: 0, fourth: 0 };
     call(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+/// Takes a link's program off its hook at once; removing the pin alone leaves that to a later moment of the kernel's.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = IdAttr { id: link.as_raw_fd() as u32, ..Default::default() };
+    call(Command::LinkDetach, &mut attr).map(drop)
 }

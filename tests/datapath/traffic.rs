@@ -8,14 +8,13 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kinesin::datapath::{Datapath, MapStore};
+use kinesin::datapath::Datapath;
 use kinesin_abi::{FrontendKind, L2Key, frontend_flags, proto};
 use kinesin_core::plan::Op;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::rig::*;
 
-const SECOND_NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 11);
 /// Port of [`VIP`] whose backend is the node itself.
 const TO_HOST: u16 = 85;
 const PATIENCE: Duration = Duration::from_secs(20);

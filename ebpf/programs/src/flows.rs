@@ -22,8 +22,8 @@ const FRESH: u64 = SECOND;
 const QUIET: u64 = 60 * SECOND;
 /// The same for an established TCP connection (the default of `bpf-ct-timeout-service-tcp`).
 const ESTABLISHED: u64 = 8000 * SECOND;
-/// Source ports tried for a new connection.
-const ATTEMPTS: u32 = 32;
+/// Source ports tried for a new connection, twice: sparing connections that have just closed, then not.
+const ATTEMPTS: u32 = 16;
 
 /// The entry for the packet's tuple, unless it belongs to the past.
 #[inline(always)]
@@ -150,7 +150,12 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     let own = client.sport.get() as u32;
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
     let own_port_fits = !opening.redirect || (own >= min && own - min < span);
-    match allocate(client, &mut forward, min << 16 | span, own_port_fits as u32) {
+    let range = min << 16 | span;
+    let mut result = allocate(client, &mut forward, range, own_port_fits as u32, 0);
+    if result == OCCUPIED {
+        result = allocate(client, &mut forward, range, own_port_fits as u32, 1);
+    }
+    match result {
         TAKEN => {}
         OCCUPIED => return Err(DropReason::NoNatMapping),
         _ => return Err(DropReason::FlowInsertFailed),
@@ -168,7 +173,7 @@ const FAILED: u32 = 2;
 /// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
 /// the first port and, in the lower half, how many there are.
 #[inline(never)]
-fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
+fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32, pressed: u32) -> u32 {
     let reply = partner(client, forward);
     let mut key = partner_key(forward, client.proto);
     let (min, span) = (range >> 16, range & 0xffff);
@@ -179,7 +184,7 @@ fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits
             }
             key.dport = Be16::new((min + lookup::random_below(span)) as u16);
         }
-        let result = take(&key, &reply, (attempt >= ATTEMPTS / 2) as u32);
+        let result = take(&key, &reply, pressed);
         if result != OCCUPIED {
             forward.sport = key.dport;
             return result;
