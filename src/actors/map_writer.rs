@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::{Limits, Op, Planner, in_phases};
 use kinesin_core::services::{Compiled, ServiceKey};
 use metrics::{counter, gauge, histogram};
@@ -55,6 +54,8 @@ pub struct MapWriter {
     maps: Follower<MapsHandle>,
     store: Option<Arc<dyn MapStore>>,
     planner: Planner,
+    /// What the planner was made with.
+    limits: Limits,
     pruned: bool,
     /// Services that did not fit, or met another's address; tried again after every removal and on every verification.
     refused: BTreeMap<ServiceKey, String>,
@@ -73,6 +74,7 @@ impl Actor for MapWriter {
             maps: world.maps.follow(wake),
             store: None,
             planner: Planner::new(Limits::default()),
+            limits: Limits::default(),
             pruned: false,
             refused: BTreeMap::new(),
             verify,
@@ -100,7 +102,8 @@ impl MapWriter {
     /// Starts over on a freshly loaded data path.
     async fn adopt(&mut self, handle: &MapsHandle) -> Result<(), Failure> {
         let store = handle.store.clone();
-        if self.store.as_ref().is_some_and(|old| Arc::ptr_eq(old, &store)) {
+        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, &store) && self.limits == handle.limits;
+        if self.store.as_ref().is_some_and(same) {
             return Ok(());
         }
         let actual = blocking({
@@ -109,10 +112,10 @@ impl MapWriter {
         })
         .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        let seed = HashSeed::from_bytes(self.world.config().services.maglev_seed.bytes);
-        self.planner = Planner::with_seed(handle.limits, seed);
+        self.planner = Planner::new(handle.limits.clone());
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
+        self.limits = handle.limits.clone();
         self.pruned = false;
         self.refused.clear();
         self.compiled.mark_all();

@@ -47,7 +47,7 @@ pub struct MapsHandle {
 
 impl PartialEq for MapsHandle {
     fn eq(&self, other: &Self) -> bool {
-        self.generation == other.generation && self.hooks == other.hooks
+        self.generation == other.generation && self.hooks == other.hooks && self.limits == other.limits
     }
 }
 

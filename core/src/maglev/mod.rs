@@ -59,7 +59,7 @@ impl HashSeed {
             };
         }
         let mut bytes = [0u8; 12];
-        for (three, four) in bytes.chunks_exact_mut(3).zip(sextets.chunks_exact(4)) {
+        for (three, four) in bytes.as_chunks_mut::<3>().0.iter_mut().zip(sextets.as_chunks::<4>().0) {
             let bits = four.iter().fold(0, |bits, sextet| bits << 6 | sextet);
             three.copy_from_slice(&bits.to_be_bytes()[1..]);
         }

@@ -6,8 +6,7 @@ const C2: u64 = 0x4cf5_ad43_2745_937f;
 /// The two halves of the hash of `data`.
 pub fn murmur3_x64_128(data: &[u8], seed: u32) -> (u64, u64) {
     let (mut h1, mut h2) = (u64::from(seed), u64::from(seed));
-    let blocks = data.chunks_exact(16);
-    let tail = blocks.remainder();
+    let (blocks, tail) = data.as_chunks::<16>();
     for block in blocks {
         h1 ^= scramble1(little_endian(&block[..8]));
         h1 = h1.rotate_left(27).wrapping_add(h2).wrapping_mul(5).wrapping_add(0x52dc_e729);

@@ -1,163 +1,238 @@
-//! Taking over what an earlier run left in the maps, and letting go of what nobody claimed.
+//! Taking over maps that an earlier agent left, in whatever state.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
-use kinesin_abi::{BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendValue, SetRef};
+use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef, frontend_flags};
 
-use super::phases::trimmed;
-use super::planner::{ADOPTED, BackendEntry, Front, Planner, Range, is_wildcard, references};
-use super::transaction::Transaction;
-use super::{Actual, Op};
-
-fn state(raw: u8) -> Option<BackendState> {
-    use BackendState::{Active, Maintenance, Terminating, TerminatingNotServing};
-    [Active, Terminating, TerminatingNotServing, Maintenance].into_iter().find(|state| *state as u8 == raw)
-}
+use super::image::{FrontendEntry, Image, Stages, Table, state_from};
+use super::slots::order_for;
+use super::{Actual, Op, Planner};
 
 impl Planner {
-    /// Starts over from what the maps hold, so that ids and slots stay as they are: established connections and
-    /// affinities refer to ids. Entries stay until a service claims them ([`Planner::update`]) or nobody did
-    /// ([`Planner::prune`]).
+    /// Takes over what the maps hold: ids, blocks and tables stay where they are, so that a restart moves nothing and cuts
+    /// nothing. To be called once, before the first update.
     ///
-    /// Returns repairs of what contradicts itself: frontends whose slots are empty, out of range, overlap another set
-    /// or lead to a free backend; slots and Maglev tables that no frontend leads to. Ids of service ports that several
-    /// services turn out to share are told apart when these claim them.
+    /// What contradicts itself is repaired at once and as gently as possible (R24): a set that overlaps another one, lies
+    /// where no set may lie or counts slots without backends is copied to a place of its own, without what is missing; a
+    /// frontend whose set has nothing usable points at none; backends that cannot be read, slots of no set and tables of no
+    /// set are freed. Services claim what is theirs by [`Planner::update`]; the rest stays until [`Planner::prune`].
     pub fn adopt(&mut self, actual: Actual) -> Vec<Op> {
-        *self = Self::with_seed(self.limits, self.seed);
-        self.adopt_backends(&actual);
-        let limit = self.limits.slots;
-        let slots: HashMap<u32, BackendId> =
-            actual.slots.iter().filter(|(slot, id)| *slot < limit && self.backends.contains_key(id)).copied().collect();
-        let frontends = consistent(&actual.frontends, &slots, limit);
-        self.adopt_ranges(&frontends, &slots);
-        self.adopt_tables(&actual, &frontends);
-        for (key, value) in frontends {
-            if value.service != 0 {
-                self.free_port_ids.take(value.service);
-                self.last_port_id = self.last_port_id.max(value.service);
-                self.port_ids.entry(value.service).or_default().adopted += 1;
-            }
-            self.frontends.insert(key, Front { value, adopted: true, claims: Vec::new() });
-        }
-        self.repair(&actual)
-    }
+        *self = Self::new(self.image.limits.clone());
+        let mut stages = Stages::default();
+        let unreadable = self.adopt_backends(&actual);
+        let slots = self.read_slots(&actual);
+        let frontends: BTreeMap<FrontendKey, FrontendValue> = actual.frontends.into_iter().collect();
 
-    fn adopt_backends(&mut self, actual: &Actual) {
-        let found: BTreeMap<BackendId, Backend> = actual.backends.iter().copied().collect();
-        for (id, raw) in found {
-            let Some(state) = state(raw.state) else { continue };
-            if id >= self.limits.backends || !self.free_backends.take(id) {
-                continue;
-            }
-            let local = raw.flags & BACKEND_LOCAL != 0;
-            let value = Backend { flags: raw.flags & BACKEND_LOCAL, ..raw };
-            self.by_target.entry((raw.addr, raw.port, raw.proto)).or_insert(id);
-            self.backends.insert(id, BackendEntry { value, wants: vec![(ADOPTED, state, local)], slots: 0 });
-        }
-    }
+        let refs: BTreeSet<(u32, u32)> = frontends
+            .values()
+            .flat_map(|value| [value.external, value.internal])
+            .filter(|set| set.count > 0)
+            .map(|set| (set.base, set.count))
+            .collect();
+        let moved = self.adopt_sets(&refs, &slots, &mut stages);
+        self.adopt_frontends(frontends, &moved, &mut stages);
+        self.adopt_tables(actual.maglev, &mut stages);
 
-    fn adopt_ranges(&mut self, frontends: &BTreeMap<FrontendKey, FrontendValue>, slots: &HashMap<u32, BackendId>) {
-        for set in frontends.values().flat_map(references) {
-            let empty = Range { capacity: 0, slots: Vec::new(), refs: 0, owner: None, maglev: None, checked: false };
-            let range = self.ranges.entry(set.base).or_insert(empty);
-            range.refs += 1;
-            range.capacity = range.capacity.max(set.count);
-        }
-        for (base, range) in &mut self.ranges {
-            range.slots = (*base..).take(range.capacity as usize).filter_map(|at| slots.get(&at).copied()).collect();
-            self.free_slots.reserve(*base, range.capacity);
-            for id in &range.slots {
-                if let Some(backend) = self.backends.get_mut(id) {
-                    backend.slots += 1;
+        for index in actual.slots.iter().map(|(index, _)| *index).collect::<BTreeSet<u32>>() {
+            let in_use =
+                self.image.blocks.range(..=index).next_back().is_some_and(|(base, block)| index - base < block.len);
+            if !in_use && index < self.image.limits.slots {
+                if self.image.slot(index) == SLOT_EMPTY {
+                    stages.empty_unknown(index);
+                } else {
+                    self.image.empty_slot(index, &mut stages);
                 }
             }
         }
-        // The spare room that a set had, as far as that can be known.
-        for (base, range) in &mut self.ranges {
-            let whole = range.capacity.next_power_of_two();
-            let aligned = base & (whole - 1) == 0;
-            if aligned && self.free_slots.reserve(base + range.capacity, whole - range.capacity) {
-                range.capacity = whole;
+        for id in unreadable {
+            Image::free_unknown(id, &mut stages);
+        }
+        // Blocks made for sets that no frontend points at any more.
+        self.image.sweep(&mut stages);
+        stages.into_ops()
+    }
+
+    /// Returns the ids of unreadable backends.
+    fn adopt_backends(&mut self, actual: &Actual) -> Vec<BackendId> {
+        let backends: BTreeMap<BackendId, Backend> = actual.backends.iter().copied().collect();
+        let mut unreadable = Vec::new();
+        for (id, backend) in backends {
+            if id >= self.image.limits.backends || backend == Backend::default() {
+                continue;
+            }
+            if id == 0 || state_from(backend.state).is_none() {
+                unreadable.push(id);
+            } else {
+                self.image.adopt_backend(id, backend);
+            }
+        }
+        unreadable
+    }
+
+    /// Slots that hold a known backend.
+    fn read_slots(&self, actual: &Actual) -> BTreeMap<u32, BackendId> {
+        let all: BTreeMap<u32, BackendId> = actual.slots.iter().copied().collect();
+        let limit = self.image.limits.slots;
+        all.into_iter().filter(|(index, id)| *index < limit && self.image.backend(*id).is_some()).collect()
+    }
+
+    /// Takes over the sets that make sense and copies the others. Returns where each of the others is now.
+    fn adopt_sets(
+        &mut self,
+        refs: &BTreeSet<(u32, u32)>,
+        slots: &BTreeMap<u32, BackendId>,
+        stages: &mut Stages,
+    ) -> HashMap<(u32, u32), SetRef> {
+        for (index, id) in slots {
+            self.image.note_slot(*index, *id);
+        }
+        let mut bad: Vec<(u32, u32)> = Vec::new();
+        // The longest first: an interrupted plan leaves several counts for one base, and the rest is inside the longest.
+        for &(base, count) in refs.iter().rev() {
+            if self.image.blocks.get(&base).is_some_and(|block| count <= block.len) {
+                continue;
+            }
+            let whole = || slots.range(base..base.saturating_add(count)).count() == count as usize;
+            let order = order_for(count as usize).filter(|_| base > 0 && count <= self.image.limits.slots && whole());
+            match order {
+                Some(order) if self.image.allocator.reserve(base, order) => {
+                    self.image.add_block(base, order);
+                    if let Some(block) = self.image.blocks.get_mut(&base) {
+                        block.len = count;
+                    }
+                }
+                _ => bad.push((base, count)),
+            }
+        }
+        // Copies read what the maps held, in at most a few times the length of the array, however wild the counts are.
+        let mut budget = self.image.limits.slots as usize * 4;
+        let mut moved = HashMap::new();
+        for (base, count) in bad {
+            let mut seen = HashSet::new();
+            let mut read = 0;
+            let members: Vec<BackendId> = slots
+                .range(base..base.saturating_add(count))
+                .take(budget)
+                .inspect(|_| read += 1)
+                .map(|(_, id)| *id)
+                .filter(|id| seen.insert(*id))
+                .collect();
+            budget -= read;
+            let place = order_for(members.len()).and_then(|order| Some((order, self.image.allocator.allocate(order)?)));
+            let set = match place {
+                Some((order, at)) => {
+                    self.image.add_block(at, order);
+                    self.image.fill(at, &members, stages);
+                    self.image.set_ref(at)
+                }
+                None => SetRef::default(),
+            };
+            moved.insert((base, count), set);
+        }
+        moved
+    }
+
+    fn adopt_frontends(
+        &mut self,
+        frontends: BTreeMap<FrontendKey, FrontendValue>,
+        moved: &HashMap<(u32, u32), SetRef>,
+        stages: &mut Stages,
+    ) {
+        for (key, value) in frontends {
+            let now = |set: SetRef| moved.get(&(set.base, set.count)).copied().unwrap_or(set);
+            let repaired = FrontendValue { external: now(value.external), internal: now(value.internal), ..value };
+            self.image.count_refs(&repaired, true, stages);
+            self.image.frontends.insert(key, FrontendEntry { value: repaired, owner: None, users: 0 });
+            if repaired != value {
+                stages.put_adopted(key, repaired);
+            }
+            if value.service != 0 {
+                self.adopted_ids.insert(value.service);
+                self.next_id = self.next_id.max(value.service.saturating_add(1));
             }
         }
     }
 
-    fn adopt_tables(&mut self, actual: &Actual, frontends: &BTreeMap<FrontendKey, FrontendValue>) {
-        for (base, table) in &actual.maglev {
-            let whole = trimmed(table).len() == kinesin_abi::MAGLEV_TABLE_SIZE as usize;
-            if whole
-                && trimmed(table).iter().all(|id| self.backends.contains_key(id))
-                && let Some(range) = self.ranges.get_mut(base)
-            {
-                range.maglev = Some(trimmed(table).into());
+    /// Keeps tables that can be right; writes those that must be there.
+    fn adopt_tables(&mut self, tables: Vec<(u32, Arc<[BackendId]>)>, stages: &mut Stages) {
+        let wanted: BTreeSet<u32> = self
+            .image
+            .frontends
+            .values()
+            .filter(|entry| entry.value.flags & frontend_flags::MAGLEV != 0)
+            .flat_map(|entry| [entry.value.external, entry.value.internal])
+            .filter(|set| set.count > 0)
+            .map(|set| set.base)
+            .collect();
+        let tables: BTreeMap<u32, Arc<[BackendId]>> = tables.into_iter().collect();
+        for (base, entries) in tables {
+            let members: HashSet<BackendId> = self.image.content(base).collect();
+            let right_size = entries.len() == self.image.limits.maglev_size as usize;
+            self.image.tables.insert(base, Table::Adopted(entries.clone()));
+            if !wanted.contains(&base) {
+                self.image.delete_table(base, stages);
+            } else if !right_size || entries.iter().any(|id| !members.contains(id)) {
+                self.image.put_table(base, stages);
             }
         }
-        let with_tables = frontends.values().filter(|value| value.flags & kinesin_abi::frontend_flags::MAGLEV != 0);
-        for base in with_tables.map(|value| value.external).filter(|set| set.count > 0).map(|set| set.base) {
-            let Some(range) = self.ranges.get(&base).filter(|range| range.maglev.is_none()) else { continue };
-            let table = self.table(&range.slots);
-            if let Some(range) = self.ranges.get_mut(&base) {
-                range.maglev = Some(table);
+        for base in wanted {
+            if !self.image.tables.contains_key(&base) {
+                self.image.put_table(base, stages);
             }
         }
-    }
-
-    /// Removes adopted entries that nobody claimed. To be called once, after all sources have reported.
-    pub fn prune(&mut self) -> Vec<Op> {
-        let mut tx = Transaction::default();
-        let adopted: Vec<FrontendKey> =
-            self.frontends.iter().filter(|(_, front)| front.adopted).map(|(key, _)| *key).collect();
-        for key in adopted {
-            self.disown_adopted(&key);
-            if self.frontends.get(&key).is_some_and(|front| front.claims.is_empty()) {
-                self.put_front(&mut tx, key, None);
-            } else if is_wildcard(&key) {
-                self.settle_wildcard(&mut tx, &key);
-            }
-        }
-        let adopted = |entry: &BackendEntry| entry.wants.iter().any(|want| want.0 == ADOPTED);
-        let backends: Vec<BackendId> =
-            self.backends.iter().filter(|(_, entry)| adopted(entry)).map(|(id, _)| *id).collect();
-        for id in backends {
-            self.touch_backend(&mut tx, id).wants.retain(|want| want.0 != ADOPTED);
-        }
-        self.finish(tx)
     }
 }
 
-/// The frontends that can be kept: all their slots are in use, and no two sets overlap unless they start at the same
-/// slot (one of them is then the other before or after it grew).
-fn consistent(
-    frontends: &[(FrontendKey, FrontendValue)],
-    slots: &HashMap<u32, BackendId>,
-    limit: u32,
-) -> BTreeMap<FrontendKey, FrontendValue> {
-    let in_use = |set: &SetRef| {
-        set.base.checked_add(set.count).is_some_and(|end| end <= limit)
-            && (set.base..).take(set.count as usize).all(|at| slots.contains_key(&at))
-    };
-    let mut kept: BTreeMap<FrontendKey, FrontendValue> = frontends
-        .iter()
-        .filter(|(_, value)| in_use(&value.external) && in_use(&value.internal))
-        .map(|(key, value)| {
-            let known = |set: SetRef| if set.count == 0 { SetRef::default() } else { set };
-            (*key, FrontendValue { external: known(value.external), internal: known(value.internal), ..*value })
-        })
+/// Ops that turn `actual` into `expected`, in the order of a plan.
+pub(super) fn difference(actual: &Actual, expected: &Actual) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let mut ends = Vec::new();
+
+    let (have, want) = (by_key(&actual.backends), by_key(&expected.backends));
+    ops.extend(changed(&have, &want).map(|(id, backend)| Op::Backend(id, *backend)));
+    let mut frees = Vec::new();
+    frees.extend(
+        extra(&have, &want).filter(|id| have[id] != &Backend::default()).map(|id| Op::Backend(id, Backend::default())),
+    );
+
+    let (have, want) = (by_key(&actual.slots), by_key(&expected.slots));
+    ops.extend(changed(&have, &want).map(|(index, id)| Op::Slot(index, *id)));
+    let empties: Vec<Op> = extra(&have, &want)
+        .filter(|index| *have[index] != SLOT_EMPTY)
+        .map(|index| Op::Slot(index, SLOT_EMPTY))
         .collect();
-    let mut ends: BTreeMap<u32, u32> = BTreeMap::new();
-    for set in kept.values().flat_map(references) {
-        let end = ends.entry(set.base).or_default();
-        *end = (*end).max(set.base + set.count);
-    }
-    let mut overlapping = BTreeSet::new();
-    let mut reached = 0;
-    for (base, end) in ends {
-        if base < reached {
-            overlapping.insert(base);
-        } else {
-            reached = end;
-        }
-    }
-    kept.retain(|_, value| !references(value).any(|set| overlapping.contains(&set.base)));
-    kept
+
+    let (have, want) = (by_key(&actual.maglev), by_key(&expected.maglev));
+    ops.extend(changed(&have, &want).map(|(base, table)| Op::PutMaglev(base, table.clone())));
+    let table_deletes: Vec<Op> = extra(&have, &want).map(Op::DeleteMaglev).collect();
+
+    let (have, want) = (by_key(&actual.frontends), by_key(&expected.frontends));
+    // Foreign entries first: they may fill the map, and nobody's traffic needs them.
+    ops.extend(extra(&have, &want).map(Op::DeleteFrontend));
+    ops.extend(changed(&have, &want).map(|(key, value)| Op::PutFrontend(key, *value)));
+
+    ends.extend(table_deletes);
+    ends.extend(empties);
+    ends.extend(frees);
+    ops.extend(ends);
+    ops
+}
+
+fn by_key<K: Copy + Ord, V>(entries: &[(K, V)]) -> BTreeMap<K, &V> {
+    entries.iter().map(|(key, value)| (*key, value)).collect()
+}
+
+fn changed<'a, K: Copy + Ord, V: PartialEq>(
+    have: &'a BTreeMap<K, &'a V>,
+    want: &'a BTreeMap<K, &'a V>,
+) -> impl Iterator<Item = (K, &'a V)> {
+    want.iter().filter(|(key, value)| have.get(key) != Some(value)).map(|(key, value)| (*key, *value))
+}
+
+fn extra<'a, K: Copy + Ord, V>(
+    have: &'a BTreeMap<K, &'a V>,
+    want: &'a BTreeMap<K, &'a V>,
+) -> impl Iterator<Item = K> + 'a {
+    have.keys().filter(|key| !want.contains_key(key)).copied()
 }

@@ -1,32 +1,27 @@
 //! From compiled services to map writes, and back: what the maps should hold, what they hold, and the least that turns
 //! one into the other.
 //!
-//! [`Planner`] gives out ids and ranges of slots and knows what the maps should hold. Deliberately absent: the maps. A
-//! plan that could not be written as a whole is made good by [`Planner::repair`], against what was read back.
+//! [`Planner`] owns the ids and the layout of the slots array. It knows only what it was told and what it ordered: it
+//! performs nothing, and whoever performs its ops tells it about failures by [`Planner::repair`].
 
 mod adopt;
-mod alloc;
-#[cfg(test)]
-mod model;
+mod image;
 mod phases;
 mod planner;
-#[cfg(test)]
-mod properties;
-#[cfg(test)]
-mod tests;
-mod transaction;
-mod update;
+mod room;
+mod service;
+mod slots;
 
 pub use phases::in_phases;
 pub use planner::{Limits, PlanError, Planner, Stats};
+pub use service::keep_api_backends;
 
 use std::sync::Arc;
 
 use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue};
 
 /// One write to a map. A plan is a list of them in an order that leaves every prefix safe to meet by a packet:
-/// backends, then slots and tables, then frontends (those deleted before those written, so that a full table has room),
-/// then what nothing points at any more.
+/// backends, then slots and tables, then frontends, then what nothing points at any more.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// Write a backend; all zero frees the id.
@@ -55,3 +50,6 @@ pub struct Actual {
     /// The Maglev tables.
     pub maglev: Vec<(u32, Arc<[BackendId]>)>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,10 @@
-//! The order of writes that is safe for packets, within one plan and across several.
+//! Several plans in few, large batches.
 
-use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
+use std::collections::HashSet;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, MAGLEV_TABLE_SIZE, SLOT_EMPTY};
+use kinesin_abi::{Backend, BackendId, FrontendKey, SLOT_EMPTY};
 
-use super::{Actual, Limits, Op};
+use super::Op;
 
 /// Where an op stands in a plan. Frontends are deleted before others are written, so that a full table has room; both
 /// come after everything that the written ones lead to, and before anything is freed that the deleted ones led to.
@@ -20,11 +19,6 @@ fn phase(op: &Op) -> u8 {
         Op::Slot(..) => 6,
         Op::Backend(..) => 7,
     }
-}
-
-/// Sorts the ops of one plan, which must write each key at most once.
-pub(super) fn sort(ops: &mut [Op]) {
-    ops.sort_by_key(phase);
 }
 
 #[derive(PartialEq, Eq, Hash)]
@@ -45,68 +39,30 @@ fn place(op: &Op) -> Place {
 }
 
 /// Merges the plans of several services, in the order they were made, into few larger batches: a stable sort by phase
-/// of as many consecutive plans as write no key of a table twice. A plan that writes a key again starts a new batch, so
-/// that the reuse of what another one freed is never reordered.
+/// of as many consecutive plans as write no key of a table twice. A plan that writes a key again starts a new batch, and
+/// one that writes a key twice itself stays as it is, so that the reuse of what was freed is never reordered.
 pub fn in_phases(plans: Vec<Vec<Op>>) -> Vec<Op> {
     let mut all = Vec::with_capacity(plans.iter().map(Vec::len).sum());
     let mut batch: Vec<Op> = Vec::new();
     let mut written = HashSet::new();
     for plan in plans {
-        if plan.iter().any(|op| written.contains(&place(op))) {
-            sort(&mut batch);
-            all.append(&mut batch);
+        let mine: HashSet<_> = plan.iter().map(place).collect();
+        if !written.is_disjoint(&mine) || mine.len() < plan.len() {
+            flush(&mut batch, &mut all);
             written.clear();
         }
-        written.extend(plan.iter().map(place));
-        batch.extend(plan);
+        if mine.len() < plan.len() {
+            all.extend(plan);
+        } else {
+            written.extend(mine);
+            batch.extend(plan);
+        }
     }
-    sort(&mut batch);
-    all.append(&mut batch);
+    flush(&mut batch, &mut all);
     all
 }
 
-/// A table as it was read back, without what pads it.
-pub(super) fn trimmed(table: &Arc<[BackendId]>) -> &[BackendId] {
-    table.get(..MAGLEV_TABLE_SIZE as usize).unwrap_or(table)
-}
-
-/// Writes that turn `is` into `should`. Entries that no map of this size can hold are left alone.
-pub(super) fn difference(should: &Actual, is: &Actual, limits: Limits) -> Vec<Op> {
-    let mut ops = Vec::new();
-
-    let mut backends: BTreeMap<_, _> = is.backends.iter().filter(|(id, _)| *id < limits.backends).cloned().collect();
-    for (id, backend) in &should.backends {
-        if backends.remove(id) != Some(*backend) {
-            ops.push(Op::Backend(*id, *backend));
-        }
-    }
-    let empty = |backend: &Backend| *backend == Backend::default();
-    ops.extend(backends.into_iter().filter(|(_, b)| !empty(b)).map(|(id, _)| Op::Backend(id, Backend::default())));
-
-    let mut slots: BTreeMap<_, _> = is.slots.iter().filter(|(slot, _)| *slot < limits.slots).cloned().collect();
-    for (slot, id) in &should.slots {
-        if slots.remove(slot) != Some(*id) {
-            ops.push(Op::Slot(*slot, *id));
-        }
-    }
-    ops.extend(slots.into_iter().filter(|(_, id)| *id != SLOT_EMPTY).map(|(slot, _)| Op::Slot(slot, SLOT_EMPTY)));
-
-    let mut maglev: BTreeMap<_, _> = is.maglev.iter().map(|(base, table)| (base, table)).collect();
-    for (base, table) in &should.maglev {
-        if maglev.remove(base).is_none_or(|read| trimmed(read) != trimmed(table)) {
-            ops.push(Op::PutMaglev(*base, table.clone()));
-        }
-    }
-    ops.extend(maglev.into_keys().map(|base| Op::DeleteMaglev(*base)));
-
-    let mut frontends: BTreeMap<_, _> = is.frontends.iter().cloned().collect();
-    for (key, value) in &should.frontends {
-        if frontends.remove(key) != Some(*value) {
-            ops.push(Op::PutFrontend(*key, *value));
-        }
-    }
-    ops.extend(frontends.into_keys().map(Op::DeleteFrontend));
-
-    sort(&mut ops);
-    ops
+fn flush(batch: &mut Vec<Op>, all: &mut Vec<Op>) {
+    batch.sort_by_key(phase);
+    all.append(batch);
 }

@@ -1,302 +1,298 @@
-//! What the maps should hold, and who it belongs to.
+//! The planner as others see it: services come and go, ops come out.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, MAGLEV_TABLE_SIZE, SetRef,
-    proto,
-};
-use smol_str::SmolStr;
-use thiserror::Error;
+use kinesin_abi::{Backend, FrontendKey, FrontendValue, MAGLEV_TABLE_SIZE, frontend_flags};
 
-use super::alloc::{Ids, Slots};
-use super::phases::difference;
-use super::transaction::Transaction;
+use super::image::{BackendKey, Image, Stages, key_of};
+use super::service::{Record, backend_keys, key_of_ref};
 use super::{Actual, Op};
-use crate::maglev::{self, HashSeed};
-use crate::services::{Compiled, ServiceKey};
+use crate::maglev::{HashSeed, protocol_name};
+use crate::services::{BackendRef, BackendSet, Compiled, ServiceKey, address_text};
 
-/// How many entries the maps have room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Sizes of the maps, and what Maglev tables are made with.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Entries of the frontends hash.
     pub frontends: u32,
-    /// Length of the slots array.
+    /// Elements of the slots array. Blocks are powers of two, so it should be twice what is needed, or more.
     pub slots: u32,
-    /// Length of the backends array; index 0 is never used.
+    /// Elements of the backends array; element 0 is not used.
     pub backends: u32,
+    /// Entries of the hash of Maglev tables.
+    pub maglev_tables: u32,
+    /// Entries of one table (`bpf-lb-maglev-table-size`): a prime.
+    pub maglev_size: u32,
+    /// `bpf-lb-maglev-hash-seed`
+    pub maglev_seed: HashSeed,
 }
 
 impl Default for Limits {
+    /// The defaults of `bpf-lb-map-max` and the Maglev keys, with four slots for each backend.
     fn default() -> Self {
-        Self { frontends: 65_536, slots: 65_536, backends: 65_536 }
+        Self {
+            frontends: 65_536,
+            slots: 262_144,
+            backends: 65_536,
+            maglev_tables: 65_536,
+            maglev_size: MAGLEV_TABLE_SIZE,
+            maglev_seed: HashSeed::default(),
+        }
     }
 }
 
-/// Why a service was not planned; what was planned before stays as it was.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
+/// Why a service cannot be programmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
-    /// A map has no room for what the service needs.
-    #[error("no room in the map `{table}` of {limit} entries; raise `bpf-lb-map-max`")]
+    /// A map has no room. Nothing was changed; trying again later makes sense (R27).
+    #[error("the {table} map is full ({capacity} entries): raise {key} or remove services")]
     Full {
-        /// `frontends`, `slots` or `backends`.
+        /// `frontends`, `slots`, `backends`, `maglev`
         table: &'static str,
-        /// Its size.
-        limit: u32,
+        /// Its capacity.
+        capacity: u32,
+        /// The configuration key that raises it.
+        key: &'static str,
     },
 }
 
-/// How much of the maps is in use.
+/// How full the maps are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Services that have been planned.
+    /// Services that have, or wait for, frontends.
     pub services: usize,
-    /// Frontends, wildcards included.
+    /// Entries of the frontends map, wildcards included.
     pub frontends: usize,
-    /// Slots that are taken, spare room of the sets included.
-    pub slots: usize,
-    /// Backends.
+    /// Wildcards among them.
+    pub wildcards: usize,
+    /// Found at the start and not claimed so far.
+    pub unclaimed: usize,
+    /// Backends in use.
     pub backends: usize,
+    /// Slots in blocks, spare ones included.
+    pub slots: usize,
+    /// Backend sets.
+    pub sets: usize,
+    /// Maglev tables.
+    pub maglev_tables: usize,
+    /// Frontends that a service wants and another one has.
+    pub conflicts: usize,
 }
 
-/// A service's number, for the lifetime of a planner.
-pub(super) type No = u32;
-
-/// Stands for the unknown services of adopted entries.
-pub(super) const ADOPTED: No = 0;
-
-/// A backend's identity.
-pub(super) type Target = (Addr, Be16, u8);
-
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Service {
-    pub(super) no: No,
-    /// Ids of its ports, by name and protocol.
-    pub(super) ports: BTreeMap<(SmolStr, u8), u32>,
-    /// Frontends that it has, shared wildcards included.
-    pub(super) frontends: BTreeSet<FrontendKey>,
-    /// Frontends that another service has.
-    pub(super) lost: BTreeSet<FrontendKey>,
-    pub(super) backends: BTreeSet<BackendId>,
-    /// Bases of the ranges that its frontends lead to.
-    pub(super) ranges: BTreeSet<u32>,
-    /// Kept for the day that a lost frontend becomes free.
-    pub(super) pending: Option<Compiled>,
-    /// Why a frontend that became free could not be taken.
-    pub(super) full: Option<PlanError>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Front {
-    pub(super) value: FrontendValue,
-    /// Found in the maps, and not settled yet.
-    pub(super) adopted: bool,
-    /// Whose it is and the flags they want; at most one unless it is a wildcard.
-    pub(super) claims: Vec<(No, u32)>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Range {
-    pub(super) capacity: u32,
-    /// What `base..` holds; no longer than `capacity`.
-    pub(super) slots: Vec<BackendId>,
-    /// How many set references of frontends lead here.
-    pub(super) refs: u32,
-    /// `None` until a service claims it.
-    pub(super) owner: Option<No>,
-    pub(super) maglev: Option<Arc<[BackendId]>>,
-    /// The table was computed here, not adopted.
-    pub(super) checked: bool,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct BackendEntry {
-    pub(super) value: Backend,
-    /// Who has it in a set, and how.
-    pub(super) wants: Vec<(No, BackendState, bool)>,
-    /// How many slots hold it.
-    pub(super) slots: u32,
-}
-
-impl BackendEntry {
-    /// Whoever lets most through decides: an established connection outlives a disagreement.
-    pub(super) fn settled(&self) -> Backend {
-        let Some(state) = self.wants.iter().map(|(_, state, _)| *state).min() else { return self.value };
-        let local = self.wants.iter().any(|(_, _, local)| *local);
-        Backend { state: state as u8, flags: if local { BACKEND_LOCAL } else { 0 }, ..self.value }
-    }
-}
-
-/// Who uses the id of a service port.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct PortId {
-    pub(super) owner: Option<No>,
-    /// Adopted frontends that carry it.
-    pub(super) adopted: u32,
-}
-
-/// Gives out ids and ranges of slots, and knows what the maps should hold.
+/// Turns what services mean into ops, and knows what the maps hold after them.
 ///
-/// Pure: it is told what was found in the maps once ([`Planner::adopt`]) and answers every change with the writes that
-/// it takes. The writes are expected to happen in order; what fails is made good by [`Planner::repair`].
-#[derive(Clone, Debug, PartialEq)]
+/// Cost of an update: the size of that service, and ops only for what differs. Nothing here iterates over other services,
+/// except [`Self::adopt`], [`Self::prune`], [`Self::repair`] and [`Self::expected`], which are about everything.
+///
+/// Rules:
+/// - A set lies in a block of `2^n` slots, of which the first `count` are in use. It changes in place where it can.
+/// - A backend (address, port, protocol) has one id, whoever uses it. When services disagree about its state, the best one
+///   stands (active before terminating, terminating-not-serving, maintenance); it is local if any of them says so.
+/// - Backends that take no new connections stay in the backends map, without slots, until their service drops them.
+/// - The first service to claim a frontend keeps it. Others wait, in order, see [`Self::problems`], and get it when it
+///   becomes free. Wildcards are shared.
+/// - Every prefix of the ops is safe: no frontend counts an empty slot, no slot holds a free backend.
+/// - The backends of `default/kubernetes` are never all taken away (R25).
+#[derive(Debug)]
 pub struct Planner {
-    pub(super) limits: Limits,
-    pub(super) seed: HashSeed,
-    pub(super) services: HashMap<ServiceKey, Service>,
-    pub(super) names: HashMap<No, ServiceKey>,
-    pub(super) next_no: No,
-    pub(super) frontends: HashMap<FrontendKey, Front>,
-    /// Who wants a frontend that another service has, in the order they asked.
-    pub(super) waiting: HashMap<FrontendKey, Vec<No>>,
-    pub(super) ranges: BTreeMap<u32, Range>,
-    pub(super) free_slots: Slots,
-    pub(super) backends: HashMap<BackendId, BackendEntry>,
-    pub(super) by_target: HashMap<Target, BackendId>,
-    pub(super) free_backends: Ids,
-    pub(super) port_ids: HashMap<u32, PortId>,
-    pub(super) free_port_ids: Ids,
-    pub(super) last_port_id: u32,
+    pub(super) image: Image,
+    pub(super) services: HashMap<Arc<ServiceKey>, Record>,
+    /// Who waits for a frontend, first come first.
+    pub(super) waiting: HashMap<FrontendKey, Vec<Arc<ServiceKey>>>,
+    /// Ids of service ports in use.
+    pub(super) ids: HashSet<u32>,
+    /// Ids that adopted frontends carry, until the prune.
+    pub(super) adopted_ids: HashSet<u32>,
+    pub(super) next_id: u32,
 }
 
 impl Planner {
-    /// For empty maps, with the default seed.
+    /// A planner for empty maps of these sizes. Use [`Self::adopt`] for maps that hold something.
     pub fn new(limits: Limits) -> Self {
-        Self::with_seed(limits, HashSeed::default())
-    }
-
-    /// For empty maps.
-    pub fn with_seed(limits: Limits, seed: HashSeed) -> Self {
         Self {
-            limits,
-            seed,
+            image: Image::new(limits),
             services: HashMap::new(),
-            names: HashMap::new(),
-            next_no: ADOPTED + 1,
-            frontends: HashMap::new(),
             waiting: HashMap::new(),
-            ranges: BTreeMap::new(),
-            free_slots: Slots::new(limits.slots),
-            backends: HashMap::new(),
-            by_target: HashMap::new(),
-            free_backends: Ids::new(1, limits.backends.saturating_sub(1)),
-            port_ids: HashMap::new(),
-            free_port_ids: Ids::new(1, u32::MAX),
-            last_port_id: 0,
+            ids: HashSet::new(),
+            adopted_ids: HashSet::new(),
+            next_id: 1,
         }
     }
 
-    /// Plans a service as it is now, in place of what was planned for it before. The least writes that it takes, in a
-    /// safe order, at a cost that depends on this service alone (and on those that wait for a frontend of it).
-    ///
-    /// A frontend that another service has stays there until that one lets go of it; see [`Planner::problems`].
+    /// Plans what a new or changed service needs.
     ///
     /// # Errors
-    /// When a map has no room. A set that outgrows its range needs the new range beside the old one.
+    /// [`PlanError::Full`], and then everything stays as it was, in the maps and here. A service that gives up as many
+    /// backends as it adds is served in a full map too, the old ones leaving before the new ones come.
     pub fn update(&mut self, key: &ServiceKey, compiled: &Compiled) -> Result<Vec<Op>, PlanError> {
-        let mut tx = Transaction::default();
-        self.plan(key, compiled, &mut tx)?;
-        self.hand_over(&mut tx);
-        Ok(self.finish(tx))
+        let mut ops = Vec::new();
+        let freed = match self.apply(key, compiled, &mut ops) {
+            Err(full) if self.fits_after_leaving(key, compiled) => {
+                let remaining = self.known_part(compiled);
+                let mut freed = self.apply(key, &remaining, &mut ops).map_err(|_| full)?;
+                // The first part must be performed in any case. Should the second one still find no room, for slots, the
+                // service at least has lost its dead backends, and says what is missing.
+                match self.apply(key, compiled, &mut ops) {
+                    Ok(more) => freed.extend(more),
+                    Err(full) => self.note_short(key, full),
+                }
+                freed
+            }
+            result => result?,
+        };
+        self.hand_over(freed, &mut ops);
+        Ok(ops)
     }
 
-    /// Plans the end of a service. Frontends that others wait for go to them. No ops for an unknown one.
+    /// Whether the new backends of the service fit once those that only it had, and no longer wants, are gone.
+    fn fits_after_leaving(&self, key: &ServiceKey, compiled: &Compiled) -> bool {
+        let Some(record) = self.services.get(key) else { return false };
+        let wanted: HashSet<BackendKey> = backend_keys(compiled).collect();
+        let missing = wanted.iter().filter(|key| self.image.backend_id(key).is_none()).count();
+        let leaving = record
+            .claims
+            .iter()
+            .filter_map(|claim| self.image.backend(claim.id))
+            .filter(|entry| entry.only_claim() && !wanted.contains(&key_of(&entry.value)))
+            .count();
+        missing > 0
+            && leaving > 0
+            && self.image.backends_used() + 1 + missing - leaving <= self.image.limits.backends as usize
+    }
+
+    /// The service without the backends that nobody has so far.
+    fn known_part(&self, compiled: &Compiled) -> Compiled {
+        let known = |backend: &&BackendRef| self.image.backend_id(&key_of_ref(backend)).is_some();
+        let sets = compiled
+            .sets
+            .iter()
+            .map(|set| BackendSet {
+                usable: set.backends.iter().take(set.usable).filter(known).count(),
+                backends: set.backends.iter().filter(known).cloned().collect(),
+            })
+            .collect();
+        Compiled { sets, ..compiled.clone() }
+    }
+
+    fn note_short(&mut self, key: &ServiceKey, full: PlanError) {
+        if let Some(record) = self.services.get_mut(key) {
+            record.short = Some(full);
+        }
+    }
+
+    /// Plans the end of a service. What it had and others wait for goes to them.
     pub fn remove(&mut self, key: &ServiceKey) -> Vec<Op> {
-        let mut tx = Transaction::default();
-        // Nothing needs no room, so this cannot fail.
-        if self.services.contains_key(key) && self.plan(key, &Compiled::default(), &mut tx).is_ok() {
-            self.hand_over(&mut tx);
+        if !self.services.contains_key(key) {
+            return Vec::new();
         }
-        let ops = self.finish(tx);
-        if let Some(service) = self.services.remove(key) {
-            self.names.remove(&service.no);
-        }
+        let mut ops = Vec::new();
+        // Nothing is asked for, so no map can be too full.
+        let freed = self.apply(key, &Compiled::default(), &mut ops).unwrap_or_default();
+        self.hand_over(freed, &mut ops);
         ops
     }
 
-    /// Writes that bring maps that hold `actual` to what they should hold: entries that were deleted, changed or added
-    /// by somebody else. Adopted entries that nobody claimed yet should still be there, until [`Planner::prune`].
+    /// Plans the removal of everything that was adopted and nobody claimed. Only for when every source has delivered its
+    /// first complete list (R23).
+    pub fn prune(&mut self) -> Vec<Op> {
+        let mut stages = Stages::default();
+        let mut stale: Vec<FrontendKey> =
+            self.image.frontends.iter().filter(|(_, entry)| entry.unclaimed()).map(|(key, _)| *key).collect();
+        stale.sort_unstable();
+        for key in stale {
+            self.image.delete_frontend(key, &mut stages);
+        }
+        self.adopted_ids.clear();
+        self.image.end_adoption(&mut stages);
+        self.image.sweep(&mut stages);
+        stages.into_ops()
+    }
+
+    /// What makes maps that hold `actual` hold what they should: for maps that somebody else has changed, and after a
+    /// write that failed. Missing and foreign entries are equally fine (R03).
     pub fn repair(&self, actual: &Actual) -> Vec<Op> {
-        difference(&self.expected(), actual, self.limits)
+        super::adopt::difference(actual, &self.expected())
     }
 
-    /// What the maps should hold now, sorted.
+    /// What the maps hold once all ops so far are done, sorted by key.
     pub fn expected(&self) -> Actual {
-        let mut frontends: Vec<_> = self.frontends.iter().map(|(key, front)| (*key, front.value)).collect();
+        let mut frontends: Vec<_> = self.image.frontends.iter().map(|(key, entry)| (*key, entry.value)).collect();
         frontends.sort_unstable_by_key(|(key, _)| *key);
-        let mut backends: Vec<_> = self.backends.iter().map(|(id, entry)| (*id, entry.value)).collect();
-        backends.sort_unstable_by_key(|(id, _)| *id);
-        let slots = self.ranges.iter().flat_map(|(base, range)| (*base..).zip(range.slots.iter().copied())).collect();
-        let tables = self.ranges.iter().filter_map(|(base, range)| Some((*base, range.maglev.clone()?)));
-        Actual { frontends, slots, backends, maglev: tables.collect() }
-    }
-
-    /// Who has a frontend; of those that share a wildcard, the first. `None` for adopted ones that nobody claimed yet.
-    pub fn owner_of(&self, frontend: &FrontendKey) -> Option<&ServiceKey> {
-        let (no, _) = self.frontends.get(frontend)?.claims.first()?;
-        self.names.get(no)
-    }
-
-    /// How much of the maps is in use.
-    pub fn stats(&self) -> Stats {
-        Stats {
-            services: self.services.len(),
-            frontends: self.frontends.len(),
-            slots: self.free_slots.reserved() as usize,
-            backends: self.backends.len(),
+        let mut maglev: Vec<_> =
+            self.image.tables.iter().map(|(base, table)| (*base, self.image.table(table))).collect();
+        maglev.sort_unstable_by_key(|(base, _)| *base);
+        Actual {
+            frontends,
+            slots: self.image.slots().collect(),
+            backends: self.image.backends().map(|(id, entry)| (id, entry.value)).collect(),
+            maglev,
         }
     }
 
-    /// Frontends of a service that it cannot have now, each with the reason. Others' updates change this: ask for all
-    /// services when status is written.
-    pub fn problems(&self, key: &ServiceKey) -> Vec<String> {
-        let Some(service) = self.services.get(key) else { return Vec::new() };
-        service
-            .lost
-            .iter()
-            .map(|frontend| match (self.owner_of(frontend), &service.full) {
-                (Some(owner), _) => {
-                    format!("{} is already used by service {owner}; change one of the two", display(frontend))
-                }
-                (None, Some(full)) => format!("{} is not programmed: {full}", display(frontend)),
-                (None, None) => format!("{} is not programmed", display(frontend)),
-            })
-            .collect()
+    /// Backends that left the maps since the last call, in order: connectionless flows to them can be ended, sockets
+    /// destroyed. One that came back since is among them nevertheless, under another id.
+    pub fn take_removed(&mut self) -> Vec<Backend> {
+        std::mem::take(&mut self.image.removed)
     }
 
-    /// The table of a set of backends.
-    pub(super) fn table(&self, slots: &[BackendId]) -> Arc<[BackendId]> {
-        let keys: Vec<_> = slots
+    /// Who has a frontend; nobody for wildcards and unclaimed ones.
+    pub fn service_of(&self, frontend: &FrontendKey) -> Option<&ServiceKey> {
+        self.image.frontends.get(frontend)?.owner.as_deref()
+    }
+
+    /// What of a service could not be programmed, each with the reason and the fix.
+    pub fn problems(&self, key: &ServiceKey) -> Vec<String> {
+        let Some(record) = self.services.get(key) else { return Vec::new() };
+        let mut problems: Vec<String> = record
+            .waiting
             .iter()
-            .filter_map(|id| {
-                let backend = &self.backends.get(id)?.value;
-                let key = maglev::backend_key(backend.addr.into(), backend.port.get(), backend.proto);
-                Some(maglev::Entry { key, id: *id, weight: 1 })
+            .map(|frontend| {
+                let address = address_text(IpAddr::from(frontend.addr), frontend.port.get());
+                let protocol = protocol_name(frontend.proto);
+                match self.service_of(frontend) {
+                    Some(owner) => format!(
+                        "address {address}/{protocol} is in use by service {owner}; give one of the two another address or port"
+                    ),
+                    None => format!("address {address}/{protocol} could not be taken over yet"),
+                }
             })
             .collect();
-        maglev::table(&keys, MAGLEV_TABLE_SIZE, &self.seed).into()
+        problems.extend(record.short.map(|full| format!("new endpoints are not in use: {full}")));
+        if record.kept {
+            problems.push(
+                "no usable endpoints: the last known ones are kept, so that the API server stays reachable".to_owned(),
+            );
+        }
+        problems
     }
-}
 
-/// A wildcard: it only drops, and services share it.
-pub(super) fn is_wildcard(key: &FrontendKey) -> bool {
-    key.port.get() == 0
-}
+    /// How full the maps are. O(frontends).
+    pub fn stats(&self) -> Stats {
+        let image = &self.image;
+        let is_wildcard = |value: &FrontendValue| value.flags & frontend_flags::WILDCARD != 0;
+        Stats {
+            services: self.services.len(),
+            frontends: image.frontends.len(),
+            wildcards: image.frontends.values().filter(|entry| is_wildcard(&entry.value)).count(),
+            unclaimed: image.frontends.values().filter(|entry| entry.unclaimed()).count(),
+            backends: image.backends_used(),
+            slots: image.allocator.capacity().saturating_sub(1).saturating_sub(image.allocator.left()) as usize,
+            sets: image.blocks.len(),
+            maglev_tables: image.tables.len(),
+            conflicts: self.waiting.values().map(Vec::len).sum(),
+        }
+    }
 
-/// The set references of a frontend that lead to slots.
-pub(super) fn references(value: &FrontendValue) -> impl Iterator<Item = SetRef> + use<> {
-    [value.external, value.internal].into_iter().filter(|set| set.count > 0)
-}
-
-/// `10.96.0.1:80/TCP`
-fn display(key: &FrontendKey) -> String {
-    let at = SocketAddr::new(IpAddr::from(key.addr), key.port.get());
-    match key.proto {
-        proto::TCP => format!("{at}/TCP"),
-        proto::UDP => format!("{at}/UDP"),
-        proto::SCTP => format!("{at}/SCTP"),
-        other => format!("{at}/{other}"),
+    /// Gives frontends that became free to those who wait for them.
+    fn hand_over(&mut self, freed: Vec<FrontendKey>, ops: &mut Vec<Op>) {
+        for frontend in freed {
+            let Some(next) = self.waiting.get(&frontend).and_then(|queue| queue.first()).cloned() else { continue };
+            let Some(wants) = self.services.get(&next).and_then(|record| record.wants.clone()) else { continue };
+            // When there is no room it goes on waiting and its next update tries again. Taking more never frees anything
+            // that a third one waits for.
+            let _ = self.apply(&next, &wants, ops);
+        }
     }
 }

@@ -1,0 +1,542 @@
+//! What the maps hold, as far as the planner has ordered, with the reference counts that say what is still needed.
+//!
+//! Every change goes through here and leaves an [`Op`] in its stage, so the image and the ops cannot disagree.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use kinesin_abi::{
+    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef,
+};
+
+use super::slots::Slots;
+use super::{Limits, Op};
+use crate::maglev;
+use crate::services::ServiceKey;
+
+/// What identifies a backend.
+pub(super) type BackendKey = (Addr, Be16, u8);
+
+/// One backend. 52 bytes; with its entry in `ids` about 90 bytes a backend.
+#[derive(Clone, Debug, Default)]
+pub(super) struct BackendEntry {
+    /// In the map.
+    pub(super) value: Backend,
+    /// How many services claim it in each state (index: state - 1).
+    pub(super) claims: [u32; 4],
+    /// How many services claim that it is local.
+    pub(super) local: u32,
+    /// How many slots hold it.
+    pub(super) slots: u32,
+    /// Found at the start; somebody may still claim it, so it stays until the prune.
+    pub(super) adopted: bool,
+}
+
+impl BackendEntry {
+    fn claimed(&self) -> bool {
+        self.claims.iter().any(|n| *n > 0)
+    }
+
+    /// Goes when its only claim goes.
+    pub(super) fn only_claim(&self) -> bool {
+        self.claims.iter().sum::<u32>() == 1 && !self.adopted
+    }
+}
+
+/// What one service says of one backend: 8 bytes for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Claim {
+    pub(super) id: BackendId,
+    pub(super) state: u8,
+    pub(super) local: bool,
+}
+
+impl Claim {
+    pub(super) fn new(id: BackendId, value: &Backend) -> Self {
+        Self { id, state: value.state, local: value.flags & BACKEND_LOCAL != 0 }
+    }
+}
+
+/// A run of slots that holds one set.
+#[derive(Clone, Debug)]
+pub(super) struct Block {
+    /// Capacity: `1 << order` slots.
+    pub(super) order: u8,
+    /// Slots in use, from the first one on.
+    pub(super) len: u32,
+    /// References by frontends, each scope counted.
+    pub(super) users: u32,
+}
+
+/// A Maglev table in the map.
+#[derive(Clone, Debug)]
+pub(super) enum Table {
+    /// Read back, not verified yet.
+    Adopted(Arc<[BackendId]>),
+    /// Follows from these members (sorted); computed again when somebody asks, which saves 64 KiB for each set.
+    Of(Box<[BackendId]>),
+}
+
+/// A frontend in the map.
+#[derive(Clone, Debug)]
+pub(super) struct FrontendEntry {
+    /// In the map.
+    pub(super) value: FrontendValue,
+    /// Who has it; nobody for wildcards and for adopted ones that were not claimed yet.
+    pub(super) owner: Option<Arc<ServiceKey>>,
+    /// How many services share it; only wildcards.
+    pub(super) users: u32,
+}
+
+impl FrontendEntry {
+    /// Adopted, and nobody has claimed it so far.
+    pub(super) fn unclaimed(&self) -> bool {
+        self.owner.is_none() && self.users == 0
+    }
+}
+
+/// Ops by the stage in which they are safe, in this order.
+#[derive(Default)]
+pub(super) struct Stages {
+    backends: Vec<Op>,
+    slots: Vec<Op>,
+    tables: Vec<Op>,
+    frontends: Vec<Op>,
+    deletes: Vec<Op>,
+    table_deletes: Vec<Op>,
+    empties: Vec<Op>,
+    frees: Vec<Op>,
+    /// Blocks that lost a user.
+    idle: Vec<u32>,
+    /// Backends that lost a slot or a claim.
+    touched: Vec<BackendId>,
+    /// Only when the frontends map is full: make room before filling it.
+    pub(super) delete_first: bool,
+    /// The same for the map of tables. In between, the programs choose at random.
+    pub(super) delete_tables_first: bool,
+}
+
+impl Stages {
+    /// A slot whose content the image does not know; only at adoption.
+    pub(super) fn empty_unknown(&mut self, index: u32) {
+        self.empties.push(Op::Slot(index, SLOT_EMPTY));
+    }
+
+    /// A frontend that the image has as repaired already; only at adoption.
+    pub(super) fn put_adopted(&mut self, key: FrontendKey, value: FrontendValue) {
+        self.frontends.push(Op::PutFrontend(key, value));
+    }
+
+    /// All ops in an order of which every prefix is safe.
+    pub(super) fn into_ops(mut self) -> Vec<Op> {
+        let mut ops = self.backends;
+        ops.append(&mut self.slots);
+        if self.delete_tables_first {
+            ops.append(&mut self.table_deletes);
+        }
+        ops.append(&mut self.tables);
+        if self.delete_first {
+            ops.append(&mut self.deletes);
+        }
+        ops.append(&mut self.frontends);
+        ops.append(&mut self.deletes);
+        ops.append(&mut self.table_deletes);
+        ops.append(&mut self.empties);
+        ops.append(&mut self.frees);
+        ops
+    }
+}
+
+/// So many ids rest after their backend is gone before the first of them is given to another one, while there are others:
+/// connections that still know the old backend should not meet a new one under its id.
+const RESTING: usize = 1024;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) limits: Limits,
+    /// By id; index 0 is never used.
+    backends: Vec<BackendEntry>,
+    ids: HashMap<BackendKey, BackendId>,
+    /// Free ids below `backends.len()`, the one free for longest first.
+    released: VecDeque<BackendId>,
+    used: usize,
+    slots: Vec<BackendId>,
+    pub(super) allocator: Slots,
+    pub(super) blocks: BTreeMap<u32, Block>,
+    pub(super) tables: HashMap<u32, Table>,
+    pub(super) frontends: HashMap<FrontendKey, FrontendEntry>,
+    /// Backends that went away since somebody asked.
+    pub(super) removed: Vec<Backend>,
+}
+
+pub(super) fn key_of(backend: &Backend) -> BackendKey {
+    (backend.addr, backend.port, backend.proto)
+}
+
+pub(super) fn state_from(raw: u8) -> Option<BackendState> {
+    [BackendState::Active, BackendState::Terminating, BackendState::TerminatingNotServing, BackendState::Maintenance]
+        .into_iter()
+        .find(|state| *state as u8 == raw)
+}
+
+impl Image {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            allocator: Slots::new(limits.slots),
+            limits,
+            backends: vec![BackendEntry::default()],
+            ids: HashMap::new(),
+            released: VecDeque::new(),
+            used: 0,
+            slots: Vec::new(),
+            blocks: BTreeMap::new(),
+            tables: HashMap::new(),
+            frontends: HashMap::new(),
+            removed: Vec::new(),
+        }
+    }
+
+    // Backends.
+
+    pub(super) fn backend(&self, id: BackendId) -> Option<&BackendEntry> {
+        self.backends.get(id as usize).filter(|entry| entry.value.state != BackendState::Free as u8)
+    }
+
+    pub(super) fn backends(&self) -> impl Iterator<Item = (BackendId, &BackendEntry)> {
+        (0..).zip(&self.backends).filter(|(_, entry)| entry.value.state != BackendState::Free as u8)
+    }
+
+    pub(super) fn backend_id(&self, key: &BackendKey) -> Option<BackendId> {
+        self.ids.get(key).copied()
+    }
+
+    pub(super) fn backends_used(&self) -> usize {
+        self.used
+    }
+
+    /// The next `n` ids, without taking them; fewer when there are not so many.
+    pub(super) fn next_ids(&self, n: usize) -> Vec<BackendId> {
+        let rested = self.released.len().saturating_sub(RESTING);
+        let fresh = self.backends.len() as u32..self.limits.backends;
+        let (rested, resting) = (self.released.iter().take(rested), self.released.iter().skip(rested));
+        rested.copied().chain(fresh).chain(resting.copied()).take(n).collect()
+    }
+
+    /// Adds a service's claim. `value` says state and locality; the id is new when nobody had the backend.
+    pub(super) fn claim(&mut self, id: BackendId, value: Backend) {
+        let Some(state) = state_from(value.state) else { return };
+        if self.backend(id).is_none() {
+            self.take_id(id, value);
+        }
+        let entry = &mut self.backends[id as usize];
+        entry.claims[state as usize - 1] += 1;
+        entry.local += value.flags & BACKEND_LOCAL;
+    }
+
+    /// Takes a service's claim back.
+    pub(super) fn unclaim(&mut self, claim: Claim, stages: &mut Stages) {
+        let Some(state) = state_from(claim.state) else { return };
+        let Some(entry) = self.backends.get_mut(claim.id as usize) else { return };
+        let count = &mut entry.claims[state as usize - 1];
+        *count = count.saturating_sub(1);
+        entry.local = entry.local.saturating_sub(u32::from(claim.local));
+        stages.touched.push(claim.id);
+    }
+
+    /// Writes what the claims add up to: the best state that any service gives it. What was found at the start counts as
+    /// a claim until the prune, since its services may not have reported yet.
+    pub(super) fn settle(&mut self, id: BackendId, is_new: bool, stages: &mut Stages) {
+        let Some(entry) = self.backends.get_mut(id as usize) else { return };
+        let Some(best) = entry.claims.iter().position(|n| *n > 0) else { return };
+        let mut value =
+            Backend { state: best as u8 + 1, flags: if entry.local > 0 { BACKEND_LOCAL } else { 0 }, ..entry.value };
+        if entry.adopted {
+            value.state = value.state.min(entry.value.state);
+            value.flags |= entry.value.flags;
+        }
+        if is_new || value != entry.value {
+            entry.value = value;
+            stages.backends.push(Op::Backend(id, value));
+        }
+    }
+
+    /// Takes over a backend that the map holds under this id.
+    pub(super) fn adopt_backend(&mut self, id: BackendId, value: Backend) {
+        self.make_entry(id, BackendEntry { value, adopted: true, ..BackendEntry::default() });
+        self.ids.entry(key_of(&value)).or_insert(id);
+        self.used += 1;
+    }
+
+    fn take_id(&mut self, id: BackendId, value: Backend) {
+        self.make_entry(id, BackendEntry { value, ..BackendEntry::default() });
+        self.ids.insert(key_of(&value), id);
+        self.used += 1;
+    }
+
+    /// Puts an entry under a free id. O(1) for the id that is next and for those beyond the last one.
+    fn make_entry(&mut self, id: BackendId, entry: BackendEntry) {
+        let at = id as usize;
+        if at < self.backends.len() {
+            if self.released.front() == Some(&id) {
+                self.released.pop_front();
+            } else {
+                self.released.retain(|free| *free != id);
+            }
+            self.backends[at] = entry;
+            return;
+        }
+        while self.backends.len() < at {
+            self.released.push_back(self.backends.len() as u32);
+            self.backends.push(BackendEntry::default());
+        }
+        self.backends.push(entry);
+    }
+
+    fn free_backend(&mut self, id: BackendId, stages: &mut Stages) {
+        let Some(entry) = self.backend(id) else { return };
+        if entry.claimed() || entry.slots > 0 || entry.adopted {
+            return;
+        }
+        let value = entry.value;
+        self.backends[id as usize] = BackendEntry::default();
+        // An adopted duplicate may have had another id than the one in use for this key.
+        if self.ids.get(&key_of(&value)) == Some(&id) {
+            self.ids.remove(&key_of(&value));
+            self.removed.push(value);
+        }
+        self.released.push_back(id);
+        self.used -= 1;
+        stages.frees.push(Op::Backend(id, Backend::default()));
+    }
+
+    /// From now on backends that nobody claims are not kept for anybody.
+    pub(super) fn end_adoption(&mut self, stages: &mut Stages) {
+        for id in 0..self.backends.len() as u32 {
+            if std::mem::take(&mut self.backends[id as usize].adopted) {
+                stages.touched.push(id);
+                self.settle(id, false, stages);
+            }
+        }
+    }
+
+    // Slots and blocks.
+
+    pub(super) fn slot(&self, index: u32) -> BackendId {
+        self.slots.get(index as usize).copied().unwrap_or(SLOT_EMPTY)
+    }
+
+    pub(super) fn slots(&self) -> impl Iterator<Item = (u32, BackendId)> {
+        (0..).zip(self.slots.iter().copied()).filter(|(_, id)| *id != SLOT_EMPTY)
+    }
+
+    /// The slots in use of a block.
+    pub(super) fn content(&self, base: u32) -> impl Iterator<Item = BackendId> + Clone + '_ {
+        let len = self.blocks.get(&base).map_or(0, |block| block.len);
+        (base..base.saturating_add(len)).map(|index| self.slot(index))
+    }
+
+    /// Notes what a slot holds, without an op.
+    pub(super) fn note_slot(&mut self, index: u32, id: BackendId) {
+        let at = index as usize;
+        if self.slots.len() <= at {
+            self.slots.resize(at + 1, SLOT_EMPTY);
+        }
+        let before = std::mem::replace(&mut self.slots[at], id);
+        for (id, sign) in [(before, false), (id, true)] {
+            if id != SLOT_EMPTY
+                && let Some(entry) = self.backends.get_mut(id as usize)
+            {
+                entry.slots = if sign { entry.slots + 1 } else { entry.slots.saturating_sub(1) };
+            }
+        }
+    }
+
+    fn set_slot(&mut self, index: u32, id: BackendId, stages: &mut Stages) {
+        let before = self.slot(index);
+        if before == id {
+            return;
+        }
+        self.note_slot(index, id);
+        if before != SLOT_EMPTY {
+            stages.touched.push(before);
+        }
+        let stage = if id == SLOT_EMPTY { &mut stages.empties } else { &mut stages.slots };
+        stage.push(Op::Slot(index, id));
+    }
+
+    /// Makes a block hold `members` with the fewest writes: who stays keeps its slot, new ones take the places of those
+    /// that leave, and when there are fewer than before, the last ones close the gaps. No slot that a frontend may still
+    /// count is empty in between, because emptying comes after the counts are lowered.
+    pub(super) fn fill(&mut self, base: u32, members: &[BackendId], stages: &mut Stages) {
+        let Some(block) = self.blocks.get(&base) else { return };
+        let (old_len, order) = (block.len, block.order);
+        let mut wanted: HashMap<BackendId, bool> = members.iter().map(|id| (*id, false)).collect();
+        let mut places: Vec<Option<BackendId>> = self
+            .content(base)
+            .map(|id| match wanted.get_mut(&id) {
+                Some(placed) if !*placed => {
+                    *placed = true;
+                    Some(id)
+                }
+                _ => None,
+            })
+            .collect();
+        let mut new = members.iter().copied().filter(|id| wanted.get(id) == Some(&false));
+        for place in places.iter_mut().filter(|place| place.is_none()) {
+            *place = new.next();
+        }
+        places.extend(new.map(Some));
+        let mut gap = 0;
+        while gap < places.len() {
+            if places[gap].is_some() {
+                gap += 1;
+            } else if let Some(last) = places.pop()
+                && gap < places.len()
+            {
+                places[gap] = last;
+            }
+        }
+        let len = places.len() as u32;
+        for (index, id) in (base..).zip(places.into_iter().flatten()) {
+            self.set_slot(index, id, stages);
+        }
+        for index in base + len..base + old_len.max(len) {
+            self.set_slot(index, SLOT_EMPTY, stages);
+        }
+        // Keep some room for coming back, but not four times of what is used.
+        let keep = super::slots::order_for(members.len()).unwrap_or(0);
+        let order_after = if keep + 2 <= order { keep } else { order };
+        self.allocator.shrink(base, order_after, order);
+        if let Some(block) = self.blocks.get_mut(&base) {
+            block.len = len;
+            block.order = order_after;
+        }
+    }
+
+    // Frontends.
+
+    /// Writes a frontend, unless the map holds this very value.
+    pub(super) fn put_frontend(&mut self, key: FrontendKey, value: FrontendValue, stages: &mut Stages) {
+        let before = self.frontends.get(&key).map(|entry| entry.value);
+        if before == Some(value) {
+            return;
+        }
+        self.count_refs(&value, true, stages);
+        if let Some(before) = before {
+            self.count_refs(&before, false, stages);
+        }
+        self.frontends.entry(key).or_insert(FrontendEntry { value, owner: None, users: 0 }).value = value;
+        stages.frontends.push(Op::PutFrontend(key, value));
+    }
+
+    pub(super) fn delete_frontend(&mut self, key: FrontendKey, stages: &mut Stages) {
+        if let Some(entry) = self.frontends.remove(&key) {
+            self.count_refs(&entry.value, false, stages);
+            stages.deletes.push(Op::DeleteFrontend(key));
+        }
+    }
+
+    pub(super) fn count_refs(&mut self, value: &FrontendValue, add: bool, stages: &mut Stages) {
+        for set in [value.external, value.internal].into_iter().filter(|set| set.count > 0) {
+            let Some(block) = self.blocks.get_mut(&set.base) else { continue };
+            if add {
+                block.users += 1;
+            } else {
+                block.users = block.users.saturating_sub(1);
+                stages.idle.push(set.base);
+            }
+        }
+    }
+
+    // Tables.
+
+    /// The table of a set with these members.
+    pub(super) fn compute_table(&self, members: &[BackendId]) -> Arc<[BackendId]> {
+        let entries: Vec<maglev::Entry> = members
+            .iter()
+            .filter_map(|id| {
+                let value = self.backend(*id)?.value;
+                let key = maglev::backend_key(value.addr.into(), value.port.get(), value.proto);
+                Some(maglev::Entry { key, id: *id, weight: 1 })
+            })
+            .collect();
+        maglev::table(&entries, self.limits.maglev_size, &self.limits.maglev_seed).into()
+    }
+
+    pub(super) fn table(&self, table: &Table) -> Arc<[BackendId]> {
+        match table {
+            Table::Adopted(entries) => entries.clone(),
+            Table::Of(members) => self.compute_table(members),
+        }
+    }
+
+    /// Makes the block's table follow its members.
+    pub(super) fn put_table(&mut self, base: u32, stages: &mut Stages) {
+        let mut members: Vec<BackendId> = self.content(base).collect();
+        members.sort_unstable();
+        let held = match self.tables.get(&base) {
+            Some(Table::Of(known)) if **known == *members => return,
+            Some(Table::Adopted(entries)) => Some(entries.clone()),
+            _ => None,
+        };
+        let entries = self.compute_table(&members);
+        if held.as_deref() != Some(&*entries) {
+            stages.tables.push(Op::PutMaglev(base, entries));
+        }
+        self.tables.insert(base, Table::Of(members.into()));
+    }
+
+    pub(super) fn delete_table(&mut self, base: u32, stages: &mut Stages) {
+        if self.tables.remove(&base).is_some() {
+            stages.table_deletes.push(Op::DeleteMaglev(base));
+        }
+    }
+
+    /// Frees what nothing points at any more: blocks, their tables and slots, and backends.
+    pub(super) fn sweep(&mut self, stages: &mut Stages) {
+        let mut idle = std::mem::take(&mut stages.idle);
+        idle.sort_unstable();
+        idle.dedup();
+        for base in idle {
+            if self.blocks.get(&base).is_none_or(|block| block.users > 0) {
+                continue;
+            }
+            let Some(block) = self.blocks.remove(&base) else { continue };
+            self.delete_table(base, stages);
+            for index in base..base + block.len {
+                self.set_slot(index, SLOT_EMPTY, stages);
+            }
+            self.allocator.release(base, block.order);
+        }
+        let mut touched = std::mem::take(&mut stages.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        for id in touched {
+            self.free_backend(id, stages);
+        }
+    }
+
+    /// Empties a slot that belongs to no set; only at adoption.
+    pub(super) fn empty_slot(&mut self, index: u32, stages: &mut Stages) {
+        self.set_slot(index, SLOT_EMPTY, stages);
+    }
+
+    /// Frees an id that the map uses for something unreadable; only at adoption.
+    pub(super) fn free_unknown(id: BackendId, stages: &mut Stages) {
+        stages.frees.push(Op::Backend(id, Backend::default()));
+    }
+
+    /// A new empty block.
+    pub(super) fn add_block(&mut self, base: u32, order: u8) {
+        self.blocks.insert(base, Block { order, len: 0, users: 0 });
+    }
+
+    /// What a frontend's scope points at once its set is in this block.
+    pub(super) fn set_ref(&self, base: u32) -> SetRef {
+        match self.blocks.get(&base) {
+            Some(block) if block.len > 0 => SetRef { base, count: block.len },
+            _ => SetRef::default(),
+        }
+    }
+}

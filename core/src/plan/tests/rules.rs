@@ -1,0 +1,292 @@
+use std::net::IpAddr;
+
+use kinesin_abi::{Backend, BackendState, Be16, FrontendKey, SLOT_EMPTY, SetRef, frontend_flags, proto};
+
+use super::{Maps, Pod, Spec, down, key, limits, planner, terminating, up, update, ups};
+use crate::plan::{Limits, Op, PlanError, Planner, keep_api_backends};
+
+fn frontend(address: [u8; 4], port: u16) -> FrontendKey {
+    let proto = if port == 0 { proto::ANY } else { proto::TCP };
+    FrontendKey { addr: IpAddr::from(address).into(), port: Be16::new(port), proto, pad: 0 }
+}
+
+fn kinds(ops: &[Op]) -> Vec<&'static str> {
+    ops.iter()
+        .map(|op| match op {
+            Op::Backend(_, value) if *value == Backend::default() => "free",
+            Op::Backend(..) => "backend",
+            Op::Slot(_, SLOT_EMPTY) => "empty",
+            Op::Slot(..) => "slot",
+            Op::PutMaglev(..) => "table",
+            Op::PutFrontend(..) => "frontend",
+            Op::DeleteFrontend(_) => "delete",
+            Op::DeleteMaglev(_) => "delete table",
+        })
+        .collect()
+}
+
+fn web(pods: Vec<Pod>) -> Spec {
+    Spec { ip: 1, ports: vec![80], pods, ..Spec::default() }
+}
+
+#[test]
+fn a_change_of_one_endpoint_costs_a_few_ops() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    update(&mut planner, &mut maps, "web", &web(ups(1..=5)));
+    let table: [(&str, Vec<Pod>, &[&str]); 5] = [
+        ("grows in place", ups(1..=6), &["backend", "slot", "frontend"]),
+        ("replaces one", ups([1, 2, 7, 4, 5, 6]), &["backend", "slot", "free"]),
+        ("loses one in the middle", ups([1, 7, 4, 5, 6]), &["slot", "frontend", "empty", "free"]),
+        ("stops one", [ups([1, 7, 4, 5]), vec![terminating(6)]].concat(), &["backend", "slot", "frontend", "empty"]),
+        ("starts it again", ups([1, 7, 4, 5, 6]), &["backend", "slot", "frontend"]),
+    ];
+    for (what, pods, expected) in table {
+        let ops = update(&mut planner, &mut maps, "web", &web(pods));
+        assert_eq!(kinds(&ops), expected, "{what}");
+    }
+}
+
+#[test]
+fn one_endpoint_among_five_thousand_services_touches_nothing_else() {
+    let mut planner = Planner::new(Limits { frontends: 65_536, slots: 65_536, backends: 65_536, ..limits() });
+    let other = |n: u32| {
+        let mut compiled = web(ups(1..=3)).compile();
+        for frontend in &mut compiled.frontends {
+            frontend.addr = std::net::Ipv4Addr::from(0x0a61_0000 + n).into();
+        }
+        compiled
+    };
+    for n in 0..5_000 {
+        planner.update(&key(&format!("other-{n}")), &other(n)).expect("there is room");
+    }
+    let busy = |pods| Spec { vip: Some(1), node_port: true, ..web(pods) }.compile();
+    planner.update(&key("busy"), &busy(ups(1..=50))).expect("there is room");
+    // Four frontends: ClusterIP, load balancer, NodePort, its surrogate.
+    let ops = planner.update(&key("busy"), &busy(ups(2..=50))).expect("there is room");
+    assert_eq!(kinds(&ops), ["slot", "frontend", "frontend", "frontend", "frontend", "empty"]);
+    let ops = planner.update(&key("busy"), &busy([ups(2..=50), ups([100])].concat())).expect("there is room");
+    assert_eq!(kinds(&ops), ["backend", "slot", "frontend", "frontend", "frontend", "frontend"]);
+    assert_eq!(planner.update(&key("busy"), &busy([ups(2..=50), ups([100])].concat())), Ok(vec![]));
+}
+
+#[test]
+fn a_set_that_outgrows_its_block_moves_before_the_old_slots_are_emptied() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    update(&mut planner, &mut maps, "web", &web(ups([1])));
+    // A neighbour takes the slots behind it.
+    update(&mut planner, &mut maps, "next", &Spec { ip: 2, ..web(ups(1..=8)) });
+    let before = maps.frontends[&frontend([10, 96, 0, 1], 80)].internal;
+    update(&mut planner, &mut maps, "web", &web(ups(1..=4)));
+    let after = maps.frontends[&frontend([10, 96, 0, 1], 80)].internal;
+    assert_ne!(before.base, after.base);
+    assert_eq!(after.count, 4);
+    assert!(!maps.slots.contains_key(&before.base));
+}
+
+#[test]
+fn a_service_without_usable_backends_keeps_its_frontends_and_points_at_nothing() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    update(&mut planner, &mut maps, "web", &web(vec![down(1), down(2)]));
+    let value = maps.frontends[&frontend([10, 96, 0, 1], 80)];
+    assert_eq!((value.internal, value.external), (SetRef::default(), SetRef::default()));
+    assert!(maps.slots.is_empty());
+    assert_eq!(maps.backends.len(), 2, "kept for established connections");
+}
+
+#[test]
+fn a_backend_of_two_services_has_one_id_and_its_best_state() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let b = |pods| Spec { ip: 2, ports: vec![90], pods, ..Spec::default() };
+    update(&mut planner, &mut maps, "a", &web(vec![terminating(2)]));
+    update(&mut planner, &mut maps, "b", &b(vec![up(2)]));
+    let states: Vec<u8> = maps.backends.values().map(|backend| backend.state).collect();
+    assert_eq!(states, [BackendState::Active as u8]);
+    update(&mut planner, &mut maps, "b", &b(vec![down(2)]));
+    let states: Vec<u8> = maps.backends.values().map(|backend| backend.state).collect();
+    assert_eq!(states, [BackendState::Terminating as u8]);
+    maps.apply_safely(&planner.remove(&key("a")));
+    let states: Vec<u8> = maps.backends.values().map(|backend| backend.state).collect();
+    assert_eq!(states, [BackendState::Maintenance as u8]);
+    assert_eq!(planner.take_removed(), []);
+    maps.apply_safely(&planner.remove(&key("b")));
+    assert_eq!(planner.take_removed().len(), 1);
+    assert_eq!(planner.take_removed(), []);
+}
+
+#[test]
+fn a_freed_id_is_used_again_only_after_all_others() {
+    let mut planner = Planner::new(Limits { backends: 5, ..limits() });
+    let mut ids = Vec::new();
+    for ip in 1..=6 {
+        for op in planner.update(&key("web"), &web(ups([ip])).compile()).expect("there is room") {
+            if let Op::Backend(id, value) = op
+                && value != Backend::default()
+            {
+                ids.push(id);
+            }
+        }
+    }
+    assert_eq!(ids, [1, 2, 3, 4, 1, 2]);
+}
+
+#[test]
+fn the_first_service_keeps_an_address_and_the_next_inherits_it() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let vip = frontend([192, 0, 2, 9], 80);
+    let spec = |ip, pod| Spec { ip, vip: Some(9), ..web(ups([pod])) };
+    for (name, ip) in [("first", 1), ("second", 2), ("third", 3)] {
+        update(&mut planner, &mut maps, name, &spec(ip, ip));
+    }
+    let backend = |maps: &Maps| maps.backends[&maps.slots[&maps.frontends[&vip].external.base]].addr;
+    assert_eq!(planner.service_of(&vip), Some(&key("first")));
+    assert_eq!(planner.stats().conflicts, 2);
+    let problems = planner.problems(&key("second"));
+    assert_eq!(
+        problems,
+        ["address 192.0.2.9:80/TCP is in use by service default/first; give one of the two another address or port"]
+    );
+    // The second one's own ClusterIP is not affected.
+    assert_eq!(planner.service_of(&frontend([10, 96, 0, 2], 80)), Some(&key("second")));
+
+    maps.apply_safely(&planner.remove(&key("first")));
+    assert_eq!(planner.service_of(&vip), Some(&key("second")));
+    assert_eq!(backend(&maps), IpAddr::from([10, 42, 0, 2]).into());
+    assert!(planner.problems(&key("second")).is_empty());
+    assert!(planner.problems(&key("third"))[0].contains("default/second"));
+
+    // Giving the address up is enough; and whoever no longer waits gets nothing.
+    update(&mut planner, &mut maps, "third", &Spec { vip: None, ..spec(3, 3) });
+    update(&mut planner, &mut maps, "second", &Spec { vip: None, ..spec(2, 2) });
+    assert_eq!(planner.service_of(&vip), None);
+    assert!(!maps.frontends.contains_key(&vip));
+}
+
+#[test]
+fn wildcards_are_shared_and_go_with_their_last_service() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let wildcard = frontend([192, 0, 2, 9], 0);
+    update(&mut planner, &mut maps, "a", &Spec { vip: Some(9), ..web(vec![]) });
+    update(&mut planner, &mut maps, "b", &Spec { ip: 2, vip: Some(9), ports: vec![81], ..web(vec![]) });
+    assert_eq!(maps.frontends[&wildcard].flags, frontend_flags::WILDCARD);
+    assert_eq!(maps.frontends[&wildcard].service, 0);
+    assert!(planner.problems(&key("b")).is_empty());
+    maps.apply_safely(&planner.remove(&key("a")));
+    assert!(maps.frontends.contains_key(&wildcard));
+    maps.apply_safely(&planner.remove(&key("b")));
+    assert_eq!(maps, Maps::default());
+}
+
+#[test]
+fn tables_exist_for_routable_maglev_frontends_only_and_follow_their_set() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let spec = |pods, maglev| Spec { vip: Some(9), maglev, ..web(pods) };
+    update(&mut planner, &mut maps, "web", &spec(ups([1, 2]), true));
+    let base = maps.frontends[&frontend([192, 0, 2, 9], 80)].external.base;
+    assert_eq!(maps.maglev.keys().copied().collect::<Vec<_>>(), [base]);
+    let before = maps.maglev[&base].clone();
+    let ops = update(&mut planner, &mut maps, "web", &spec(ups([1, 2, 3]), true));
+    assert!(kinds(&ops).contains(&"table"));
+    let moved = maps.frontends[&frontend([192, 0, 2, 9], 80)].external.base;
+    assert_ne!(maps.maglev[&moved], before);
+    update(&mut planner, &mut maps, "web", &spec(vec![], true));
+    assert!(maps.maglev.is_empty());
+    update(&mut planner, &mut maps, "web", &spec(ups([1]), true));
+    update(&mut planner, &mut maps, "web", &spec(ups([1]), false));
+    assert!(maps.maglev.is_empty());
+    let cluster_only = Spec { maglev: true, ..web(ups([1])) };
+    update(&mut planner, &mut maps, "web", &cluster_only);
+    assert!(maps.maglev.is_empty());
+}
+
+#[test]
+fn r25_the_api_servers_backends_are_never_all_taken_away() {
+    let api = key("kubernetes");
+    assert_eq!(keep_api_backends(&api, vec![], vec![7]), (vec![7], true));
+    assert_eq!(keep_api_backends(&api, vec![8], vec![7]), (vec![8], false));
+    assert_eq!(keep_api_backends(&api, vec![], vec![]), (vec![], false));
+    assert_eq!(keep_api_backends(&key("web"), vec![], vec![7]), (vec![], false));
+
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    update(&mut planner, &mut maps, "kubernetes", &web(ups([1, 2])));
+    let programmed = maps.clone();
+    assert_eq!(update(&mut planner, &mut maps, "kubernetes", &web(vec![])), []);
+    assert!(planner.problems(&api)[0].contains("last known ones are kept"));
+    // A restart in that moment changes nothing about it.
+    let mut planner = self::planner();
+    assert_eq!(planner.adopt(maps.actual()), []);
+    update(&mut planner, &mut maps, "kubernetes", &web(vec![]));
+    maps.apply_safely(&planner.prune());
+    assert_eq!(maps, programmed);
+    // New ones replace them.
+    update(&mut planner, &mut maps, "kubernetes", &web(ups([3])));
+    assert!(planner.problems(&api).is_empty());
+    assert_eq!(maps.backends.len(), 1);
+    // Not ready is not usable either.
+    update(&mut planner, &mut maps, "kubernetes", &web(vec![down(3)]));
+    assert_eq!(maps.backends.values().map(|backend| backend.state).collect::<Vec<_>>(), [BackendState::Active as u8]);
+}
+
+#[test]
+fn r27_each_map_says_that_it_is_full_and_which_key_raises_it() {
+    let table = [
+        (Limits { frontends: 3, ..limits() }, "frontends", "bpf-lb-map-max"),
+        (Limits { slots: 3, ..limits() }, "slots", "bpf-lb-map-max"),
+        (Limits { backends: 3, ..limits() }, "backends", "bpf-lb-map-max"),
+        (Limits { maglev_tables: 0, ..limits() }, "maglev", "bpf-lb-maglev-map-max"),
+    ];
+    for (limits, table, config) in table {
+        let mut planner = Planner::new(limits);
+        let small = web(ups([1])).compile();
+        planner.update(&key("small"), &small).expect("there is room");
+        let before = planner.expected();
+        let large = Spec { ip: 2, ports: vec![80, 81], vip: Some(1), maglev: true, ..web(ups(1..=3)) }.compile();
+        let error = planner.update(&key("large"), &large).expect_err("there is no room");
+        assert!(matches!(error, PlanError::Full { table: t, key, .. } if t == table && key == config), "{error:?}");
+        assert!(error.to_string().contains(config), "{error}");
+        assert_eq!(planner.expected(), before);
+        assert_eq!(planner.update(&key("small"), &small), Ok(vec![]));
+    }
+}
+
+#[test]
+fn r27_a_full_backends_map_still_lets_pods_be_replaced() {
+    let mut planner = Planner::new(Limits { backends: 4, ..limits() });
+    let mut maps = Maps::default();
+    update(&mut planner, &mut maps, "web", &web(ups([1, 2, 3])));
+    assert!(planner.update(&key("web"), &web(ups([1, 2, 3, 4])).compile()).is_err());
+    update(&mut planner, &mut maps, "web", &web(ups([4, 2, 5])));
+    assert_eq!(maps.backends.len(), 3);
+    assert_eq!(maps.frontends[&frontend([10, 96, 0, 1], 80)].internal.count, 3);
+    assert!(planner.problems(&key("web")).is_empty());
+    // All of them, too.
+    update(&mut planner, &mut maps, "web", &web(ups([7, 8, 9])));
+    assert_eq!(maps.frontends[&frontend([10, 96, 0, 1], 80)].internal.count, 3);
+}
+
+#[test]
+fn an_address_can_be_changed_while_the_frontends_map_is_full() {
+    let mut planner = Planner::new(Limits { frontends: 2, ..limits() });
+    let ops = planner.update(&key("web"), &web(ups([1])).compile()).expect("there is room");
+    assert_eq!(kinds(&ops).iter().filter(|kind| **kind == "frontend").count(), 2, "the port and the wildcard");
+    let ops =
+        planner.update(&key("web"), &Spec { ip: 2, ..web(ups([1])) }.compile()).expect("there is room in the end");
+    let last_delete = ops.iter().rposition(|op| matches!(op, Op::DeleteFrontend(_))).expect("deletes");
+    let first_put = ops.iter().position(|op| matches!(op, Op::PutFrontend(..))).expect("puts");
+    assert!(last_delete < first_put);
+}
+
+#[test]
+fn removing_what_is_not_there_does_nothing() {
+    let mut planner = planner();
+    assert_eq!(planner.remove(&key("web")), []);
+    assert_eq!(planner.update(&key("headless"), &crate::services::Compiled::default()), Ok(vec![]));
+    assert_eq!(planner.stats(), crate::plan::Stats::default());
+}
+
+#[test]
+fn a_planned_endpoint_costs_little_memory() {
+    use crate::plan::image::{BackendEntry, Claim};
+    // 250,000 endpoints: 13 MB of entries, 10 MB of ids by address, 2 MB of claims, 1 MB of slots.
+    assert!(size_of::<BackendEntry>() <= 52);
+    assert_eq!(size_of::<Claim>(), 8);
+}
