@@ -58,6 +58,8 @@ pub struct Membership {
     claims: Follower<Vec<IpAddr>>,
     devices: Follower<Devices>,
     tracker: Tracker,
+    /// The Leases that the tracker knows are all there are.
+    settled: bool,
     instance: SmolStr,
     since: SmolStr,
     acquired: Option<SmolStr>,
@@ -82,6 +84,7 @@ impl Actor for Membership {
             claims: world.claims.follow(wake.clone()),
             devices: world.devices.follow(wake),
             tracker: Tracker::new(world.node.clone()),
+            settled: false,
             instance: format!("{:08x}", rand::random::<u32>()).into(),
             since: clock::micro_time(),
             acquired: None,
@@ -125,6 +128,8 @@ impl Actor for Membership {
 impl Membership {
     fn observe(&mut self) {
         let now = clock::now();
+        // Read before the changes are taken: a list that is completed meanwhile comes with its own wake-up.
+        self.settled = self.world.leases.is_complete();
         let mut unreadable = Vec::new();
         for (key, lease) in self.leases.take() {
             let Some(lease) = lease else {
@@ -200,11 +205,9 @@ impl Membership {
         match result {
             Ok(lease) => {
                 self.world.problems.clear("presence");
-                // Sooner than the watch.
-                self.version = lease.metadata.resource_version.clone();
-                if let Err(error) = self.tracker.observe(&lease, clock::now()) {
-                    self.world.problems.set("presence", vec![error.to_string()]);
-                }
+                // Sooner than the watch. Only the version: as a sign of life it would vouch for a watch that may be broken
+                // while writes go through, and the others would be declared dead.
+                self.version = lease.metadata.resource_version;
             }
             Err(error) => self.world.problems.set("presence", vec![error.to_string()]),
         }
@@ -220,8 +223,7 @@ impl Membership {
         }
         let members = self.tracker.alive(now);
         gauge!("kinesin_members").set(members.records.len() as f64);
-        let settled = self.world.leases.is_complete();
-        self.world.members.set(LiveMembers { members, settled });
+        self.world.members.set(LiveMembers { members, settled: self.settled });
         self.alarm = self.tracker.next_deadline(now).map(|at| {
             let delay = at.saturating_duration_since(now) + std::time::Duration::from_millis(1);
             self.me.cast_after(delay, MembershipMsg::Alarm)
