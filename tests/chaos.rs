@@ -6,5 +6,9 @@
 #[path = "chaos/rig.rs"]
 mod rig;
 
+#[path = "chaos/actors.rs"]
+mod actors;
 #[path = "chaos/agents.rs"]
 mod agents;
+#[path = "chaos/power.rs"]
+mod power;
