@@ -10,5 +10,13 @@ mod rig;
 mod actors;
 #[path = "chaos/agents.rs"]
 mod agents;
+#[path = "chaos/escalation.rs"]
+mod escalation;
+#[path = "chaos/input.rs"]
+mod input;
 #[path = "chaos/power.rs"]
 mod power;
+#[path = "chaos/tampering.rs"]
+mod tampering;
+#[path = "chaos/upgrade.rs"]
+mod upgrade;

@@ -23,6 +23,9 @@ const BOUND: Duration = Duration::from_secs(240);
 const GROUPS: [&[&str]; 2] =
     [&["loader", "map_writer"], &["service_watcher", "endpoint_watcher", "endpoint_syncer", "status_writer"]];
 
+/// The actor that answers on the admin socket.
+const HEALTH: &str = "health_server";
+
 /// One victim or group of victims: at most one of them is down by our hand at any time, so that counts are exact.
 struct Group {
     members: Vec<String>,
@@ -66,6 +69,10 @@ impl Executioner {
         let expected = &self.expected;
         let whole = |name: &String| is_running(&seen[name]) && counts(&seen[name]) == expected[name];
         let mut victims = Vec::new();
+        if !whole(&HEALTH.to_owned()) {
+            // Orders would get lost on their way, or would not: nothing could be counted.
+            return victims;
+        }
         for group in &mut self.groups {
             if !group.members.iter().all(whole) {
                 continue;
@@ -74,10 +81,9 @@ impl Executioner {
             let now = Instant::now();
             let is_fresh = |at: &Instant| now.duration_since(*at) < WINDOW;
             // The next in the queue whose window has room.
-            let room = group
-                .queue
-                .iter()
-                .position(|name| self.recent.get(name).is_none_or(|r| r.iter().filter(|at| is_fresh(at)).count() < PER_WINDOW));
+            let room = group.queue.iter().position(|name| {
+                self.recent.get(name).is_none_or(|r| r.iter().filter(|at| is_fresh(at)).count() < PER_WINDOW)
+            });
             if let Some(victim) = room.and_then(|at| group.queue.remove(at)) {
                 victims.push(victim);
             }
@@ -125,9 +131,11 @@ async fn kill_everybody(rig: &Rig, number: usize, times: u64, rng: &mut StdRng) 
         tree = now;
         let mut victims = executioner.next(&tree);
         victims.shuffle(rng);
+        // It carries the orders.
+        victims.sort_by_key(|victim| victim == HEALTH);
         for victim in victims {
             let before = executioner.expected[&victim].0;
-            if rig.kill(number, &victim).await || (victim == "health_server" && panicked(rig, number, before).await) {
+            if rig.kill(number, &victim).await || (victim == HEALTH && panicked(rig, number, before).await) {
                 executioner.killed(&victim);
             } else {
                 executioner.missed(victim);
@@ -146,7 +154,7 @@ async fn panicked(rig: &Rig, number: usize, before: u64) -> bool {
     let deadline = Instant::now() + Duration::from_secs(5);
     while Instant::now() < deadline {
         if let Some(tree) = rig.tree(number).await {
-            return actors(&tree)["health_server"].restarts.get("panic").copied().unwrap_or(0) > before;
+            return actors(&tree)[HEALTH].restarts.get("panic").copied().unwrap_or(0) > before;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

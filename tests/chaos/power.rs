@@ -78,7 +78,10 @@ async fn when_the_owners_agent_stays_dead_its_programs_answer_until_another_take
     assert!(rig.picture(first)["l2"].is_empty(), "pruned");
 
     let heard = wire.stop().await;
-    eprintln!("answers after the kill: {:?}", heard.iter().map(|(at, a)| (at.duration_since(killed), a)).collect::<Vec<_>>());
+    eprintln!(
+        "answers after the kill: {:?}",
+        heard.iter().map(|(at, a)| (at.duration_since(killed), a)).collect::<Vec<_>>()
+    );
     assert!(heard.iter().all(|(_, answering)| answering.len() <= 1), "never two: {heard:?}");
     let order: Vec<_> = heard.iter().filter_map(|(_, answering)| answering.first().copied()).collect();
     assert_eq!(order, [first, second], "{heard:?}");
