@@ -1,5 +1,8 @@
 //! The data path in the kernel: packet bytes in, verdict and bytes out, through the real verifier; hooks, pins and
-//! sockets for real. Each test has network and mount namespaces of its own, which vanish with its thread. Needs root.
+//! sockets for real. Each test has network and mount namespaces of its own, which vanish with its thread. Needs root
+//! and iproute2.
+// A test fails by panicking.
+#![allow(clippy::unwrap_used)]
 
 #[path = "datapath/arp.rs"]
 mod arp;
@@ -19,3 +22,5 @@ mod rig;
 mod services;
 #[path = "datapath/sockets.rs"]
 mod sockets;
+#[path = "datapath/traffic.rs"]
+mod traffic;

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::{Limits, Op, Planner, in_phases};
 use kinesin_core::services::{Compiled, ServiceKey};
 use metrics::{counter, gauge, histogram};
@@ -55,7 +56,7 @@ pub struct MapWriter {
     store: Option<Arc<dyn MapStore>>,
     planner: Planner,
     pruned: bool,
-    /// Services that did not fit; tried again after every removal and on every verification.
+    /// Services that did not fit, or met another's address; tried again after every removal and on every verification.
     refused: BTreeMap<ServiceKey, String>,
     verify: Timer,
 }
@@ -108,7 +109,8 @@ impl MapWriter {
         })
         .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        self.planner = Planner::new(handle.limits);
+        let seed = HashSeed::from_bytes(self.world.config().services.maglev_seed.bytes);
+        self.planner = Planner::with_seed(handle.limits, seed);
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
         self.pruned = false;
@@ -154,17 +156,18 @@ impl MapWriter {
     }
 
     fn plan(&mut self, key: &ServiceKey, compiled: &Compiled, plans: &mut Vec<Vec<Op>>) {
-        match self.planner.update(key, compiled) {
+        // Other parts of a Service are programmed when one address is somebody else's.
+        let refusal = match self.planner.update(key, compiled) {
             Ok(ops) => {
-                self.refused.remove(key);
                 plans.push(ops);
+                self.planner.problems(key).join("; ")
             }
-            Err(error) => {
-                let text = error.to_string();
-                if self.refused.insert(key.clone(), text.clone()).as_ref() != Some(&text) {
-                    tracing::error!(service = %key, error = text, "service not programmed");
-                }
-            }
+            Err(error) => error.to_string(),
+        };
+        if refusal.is_empty() {
+            self.refused.remove(key);
+        } else if self.refused.insert(key.clone(), refusal.clone()).as_ref() != Some(&refusal) {
+            tracing::error!(service = %key, error = refusal, "service not fully programmed");
         }
     }
 
@@ -180,10 +183,6 @@ impl MapWriter {
     /// Compares the maps with the plan and writes the difference: what others changed, and what was refused.
     async fn verify(&mut self, store: &Arc<dyn MapStore>) -> Result<(), Failure> {
         self.verify = self.me.cast_after(self.world.config().services.verify_interval, MapWriterMsg::Verify);
-        if !self.pruned {
-            // What nobody has claimed yet is not a difference.
-            return self.sync(store).await;
-        }
         let actual = blocking({
             let store = store.clone();
             move || store.read()

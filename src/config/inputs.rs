@@ -106,7 +106,7 @@ fn add(written: &mut Written, layer: Vec<(String, Raw)>) {
 /// Reads one file per key. Kubernetes swaps the whole directory behind the link `..data`: the files are read through
 /// one resolution of it, so that all of them are of one generation.
 fn read_dir(dir: &Path, warnings: &mut Vec<String>) -> io::Result<Vec<(String, Raw)>> {
-    for _ in 0..10 {
+    for _ in 0..100 {
         match read_once(dir, warnings) {
             // The generation was removed while we read it: there is a newer one.
             Err(error) if error.kind() == io::ErrorKind::NotFound && dir.exists() => warnings.clear(),
@@ -117,11 +117,7 @@ fn read_dir(dir: &Path, warnings: &mut Vec<String>) -> io::Result<Vec<(String, R
 }
 
 fn read_once(dir: &Path, warnings: &mut Vec<String>) -> io::Result<Vec<(String, Raw)>> {
-    let data = match fs::canonicalize(dir.join("..data")) {
-        Ok(data) => data,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => dir.to_path_buf(),
-        Err(error) => return Err(error),
-    };
+    let data = generation(dir)?;
     let mut files = Vec::new();
     for entry in fs::read_dir(&data)? {
         let entry = entry?;
@@ -144,8 +140,21 @@ fn read_once(dir: &Path, warnings: &mut Vec<String>) -> io::Result<Vec<(String, 
             Err(_) => warnings.push(format!("{source} is ignored: not UTF-8 text")),
         }
     }
+    // A generation that is being removed lists fewer and fewer files without any error.
+    if generation(dir)? != data {
+        return Err(io::ErrorKind::NotFound.into());
+    }
     files.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(files)
+}
+
+/// Where the files of the present generation are: behind `..data`, or the directory itself where there is no such link.
+fn generation(dir: &Path) -> io::Result<PathBuf> {
+    match fs::read_link(dir.join("..data")) {
+        Ok(_) => fs::canonicalize(dir.join("..data")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(dir.to_path_buf()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads the variables that name a key. Kubernetes adds variables for Services (`KINESIN_SERVICE_HOST`), so one that

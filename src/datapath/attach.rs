@@ -18,7 +18,8 @@ const TCX: [u32; 2] = [46, 47];
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x4b69);
 /// Pins of programs in clsact filters end so; they only mark that the filter is ours.
-const CLSACT: &str = ".clsact";
+/// (No dot: bpffs reserves it.)
+const CLSACT: &str = "-clsact";
 
 /// How a program hangs in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -142,16 +143,13 @@ fn adopt(
 /// Attaches as a filter of the clsact qdisc, replacing our own if there is one.
 pub(crate) fn clsact(
     program: &mut SchedClassifier,
-    name: &std::ffi::CStr,
     ifindex: u32,
     direction: TcAttachType,
     links: &Path,
 ) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| chain(error);
-    match tc::qdisc_add_clsact(name) {
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(error) => return Err(text(&error)),
-    }
+    // Usually it is there already; if it could not be made, attaching fails and says this too.
+    let qdisc = tc::qdisc_add_clsact(ifindex).err();
     let old = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)
         .map_err(|error| text(&error))?;
     let id = match program.attach_to_link(old) {
@@ -160,7 +158,10 @@ pub(crate) fn clsact(
             let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
             program
                 .attach(ifindex, aya::programs::tc::TcAttach::Netlink { parent: direction.into(), options })
-                .map_err(|error| text(&error))?
+                .map_err(|error| match &qdisc {
+                    Some(qdisc) => format!("{}; clsact: {}", text(&error), text(qdisc)),
+                    None => text(&error),
+                })?
         }
     };
     let link = program.take_link(id).map_err(|error| text(&error))?;
@@ -177,9 +178,10 @@ pub(crate) fn detach(ifindex: u32, links: &Path) -> io::Result<()> {
     let mut result = Ok(());
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
         let name = device_pin(ifindex, direction);
-        for path in [links.join(&name), links.join(name + CLSACT)] {
-            let is_filter = path.extension().is_some();
-            match fs::remove_file(&path) {
+        for (pin, is_filter) in [(name.clone(), false), (name + CLSACT, true)] {
+            let pin = links.join(pin);
+            release(&pin);
+            match fs::remove_file(pin) {
                 Ok(()) if is_filter => result = result.and(remove_filter(ifindex, direction)),
                 Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
                 _ => {}
@@ -193,17 +195,27 @@ fn remove_filter(ifindex: u32, direction: TcAttachType) -> io::Result<()> {
     let link = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)?;
     // A device that has gone has taken its filters along.
     link.detach().or_else(|error| {
-        let there = fs::exists(format!("/proc/sys/net/ipv4/conf/all")).unwrap_or(true)
-            && nix::net::if_::if_indextoname(ifindex).is_ok();
+        let there = nix::net::if_::if_indextoname(ifindex).is_ok();
         if there { Err(io::Error::other(chain(&error))) } else { Ok(()) }
     })
 }
 
-/// Removes all clsact filters that pins say are ours.
-pub(crate) fn remove_filters(links: &Path) -> io::Result<()> {
+/// Empties the hook of a pinned link, if that is what is pinned. Where the kernel cannot (before 5.9, or because the
+/// device has gone), the hook empties with the pin.
+fn release(pin: &Path) {
+    if let Ok(Some(link)) = sys::open_pin(pin)
+        && sys::link_info(link.as_fd()).is_ok()
+    {
+        let _ = sys::detach_link(link.as_fd());
+    }
+}
+
+/// Empties all hooks that pins say are ours: links, and clsact filters.
+pub(crate) fn detach_pinned(links: &Path) -> io::Result<()> {
     let Ok(pins) = fs::read_dir(links) else { return Ok(()) };
     let mut result = Ok(());
     for pin in pins.flatten() {
+        release(&pin.path());
         let name = pin.file_name().to_string_lossy().into_owned();
         let Some((ifindex, direction)) = name.strip_suffix(CLSACT).and_then(|name| name.split_once('-')) else {
             continue;

@@ -149,7 +149,7 @@ fn drop_key(slot: u32) -> String {
 
 /// The sum of a per-CPU counter.
 pub(crate) fn sum(value: &[u8]) -> DropCounter {
-    value.chunks_exact(size_of::<DropCounter>()).filter_map(from_bytes::<DropCounter>).fold(
+    value.as_chunks::<{ size_of::<DropCounter>() }>().0.iter().filter_map(|cpu| from_bytes::<DropCounter>(cpu)).fold(
         DropCounter::default(),
         |sum, cpu| DropCounter { packets: sum.packets + cpu.packets, bytes: sum.bytes + cpu.bytes },
     )
@@ -165,7 +165,8 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
             .filter(|value| *value != Backend::default())
             .and_then(|value| Some((number?, backend(&value)))),
         "maglev" => {
-            let mut ids: Vec<BackendId> = value.chunks_exact(4).filter_map(from_bytes).filter(|id| *id != 0).collect();
+            let mut ids: Vec<BackendId> =
+                value.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).filter(|id| *id != 0).collect();
             let filled = ids.len();
             ids.sort_unstable();
             ids.dedup();

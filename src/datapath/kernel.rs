@@ -160,7 +160,7 @@ pub(crate) fn maglev_bytes(ids: &[BackendId]) -> io::Result<Vec<u8>> {
 
 /// The ids of a stored table.
 pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
-    bytes.chunks_exact(4).filter_map(from_bytes).take(MAGLEV_TABLE_SIZE as usize).collect()
+    bytes.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).take(MAGLEV_TABLE_SIZE as usize).collect()
 }
 
 /// Whether a flow is connectionless and goes to, or comes from, one of these backends.

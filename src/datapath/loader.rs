@@ -1,7 +1,6 @@
 //! Loading the programs and their maps, and attaching them.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -216,6 +215,7 @@ impl Datapath {
         for (name, old, difference, temporary, path) in replaced {
             let fd = map_fd(&ebpf, name)?;
             let cpus = if name == "DROPS" { cpus } else { 1 };
+            // What cannot be read is lost; it must not keep the agent from starting.
             let (kept, lost) = pin::copy(old, fd, cpus, name == "MAGLEV").unwrap_or((0, 0));
             fs::rename(&temporary, &path).map_err(pin_error(&path))?;
             if difference != "empty" {
@@ -242,15 +242,24 @@ impl Datapath {
         Ok(datapath)
     }
 
-    /// Each on its own: one that is refused leaves the others working (R34).
+    /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
+    /// wait until there is one: verifying them takes as long again.
     fn load_programs(&mut self) {
-        for (name, program) in self.ebpf.programs_mut() {
-            let result = match program {
-                Program::SchedClassifier(program) => program.load(),
-                Program::CgroupSockAddr(program) => program.load(),
-                _ => continue,
-            };
-            if let Err(error) = result {
+        for program in ETHERNET.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
+            self.load_program(program);
+        }
+    }
+
+    /// Loads a program unless it is loaded.
+    fn load_program(&mut self, name: &str) {
+        let result = match self.ebpf.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => program.load(),
+            Some(Program::CgroupSockAddr(program)) => program.load(),
+            _ => Err(ProgramError::UnexpectedProgramType),
+        };
+        match result {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => {
                 self.refused.insert(name.to_owned(), refusal(&error));
             }
         }
@@ -294,19 +303,16 @@ impl Datapath {
             TcAttachType::Ingress => format!("{name} ingress"),
             TcAttachType::Egress => format!("{name} egress"),
         };
-        let result = self.try_attach(name, ifindex, program, direction);
+        let result = self.try_attach(ifindex, program, direction);
         let status = HookStatus::new(program, place, result);
         self.hooks.insert((attach::device_pin(ifindex, direction), String::new()), status.clone());
         status
     }
 
-    fn try_attach(
-        &mut self,
-        name: &str,
-        ifindex: u32,
-        program: &str,
-        direction: TcAttachType,
-    ) -> Result<Attachment, String> {
+    fn try_attach(&mut self, ifindex: u32, program: &str, direction: TcAttachType) -> Result<Attachment, String> {
+        if LAYER3.contains(&program) {
+            self.load_program(program);
+        }
         if let Some(error) = self.refused.get(program) {
             return Err(error.clone());
         }
@@ -325,8 +331,7 @@ impl Datapath {
                 Err(error) => return Err(error.to_string()),
             }
         }
-        let c_name = CString::new(name).map_err(|error| error.to_string())?;
-        attach::clsact(loaded, &c_name, ifindex, direction, &self.links)?;
+        attach::clsact(loaded, ifindex, direction, &self.links)?;
         Ok(Attachment::Clsact)
     }
 

@@ -118,12 +118,16 @@ impl MemoryMaps {
 
 impl MapStore for MemoryMaps {
     fn read(&self) -> Result<Actual, MapError> {
-        let backends: Vec<(u32, Backend)> = self.all("backends");
+        let mut backends: Vec<(u32, Backend)> = self.all("backends");
+        let mut slots: Vec<(u32, u32)> = self.all("slots");
+        // As an array is read.
+        backends.sort_unstable_by_key(|(id, _)| *id);
+        slots.sort_unstable();
         let tables = self.lock();
         let maglev = tables.get("maglev").into_iter().flatten();
         let maglev = maglev.filter_map(|(base, ids)| Some((from_bytes(base)?, maglev_ids(ids)))).collect();
         drop(tables);
-        Ok(Actual { frontends: self.all("frontends"), slots: self.all("slots"), backends, maglev })
+        Ok(Actual { frontends: self.all("frontends"), slots, backends, maglev })
     }
 
     fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kinesin_abi::{ABI_VERSION, MaglevTable};
@@ -58,7 +58,7 @@ pub fn cgroup2_root() -> Option<PathBuf> {
 /// Removes everything that an agent has left in the kernel below this root: hooks first, then maps. Missing pins are no
 /// error; what cannot be removed is reported after the rest is gone.
 pub fn detach_all(bpf_root: &Path) -> io::Result<()> {
-    let mut first_error = attach::remove_filters(&links_dir(bpf_root)).err();
+    let mut first_error = attach::detach_pinned(&links_dir(bpf_root)).err();
     if let Err(error) = fs::remove_dir_all(bpf_root.join("kinesin"))
         && error.kind() != io::ErrorKind::NotFound
     {
@@ -175,13 +175,10 @@ pub(crate) fn copy(from: OwnedFd, to: OwnedFd, cpus: usize, maps: bool) -> io::R
 fn copy_inner(keys: &[u8], ids: &[u8], to: &Table, count: usize) -> (usize, usize) {
     let kept = keys
         .chunks_exact(to.key)
-        .zip(ids.chunks_exact(4))
+        .zip(ids.as_chunks().0)
         .filter(|(key, id)| {
-            let inner = super::from_bytes::<u32>(id).and_then(|id| sys::map_by_id(id).ok());
-            inner.is_some_and(|inner| {
-                use std::os::fd::AsRawFd;
-                to.put(key, &inner.as_raw_fd().to_ne_bytes()).is_ok()
-            })
+            let inner = sys::map_by_id(u32::from_ne_bytes(**id));
+            inner.is_ok_and(|inner| to.put(key, &inner.as_raw_fd().to_ne_bytes()).is_ok())
         })
         .count();
     (kept, count - kept)

@@ -26,6 +26,7 @@ pub(crate) enum Command {
     DeleteBatch = 27,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// Structures whose bytes the kernel may read and write.
@@ -171,17 +172,22 @@ fn info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     Ok(info)
 }
 
+/// Fails for what is no map; the kernel would answer for a program or link too, in other words.
 pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    check_kind(fd, "map")?;
     info(fd)
 }
 
+/// Fails for what is no link.
 pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    check_kind(fd, "link")?;
     info(fd)
 }
 
-/// `struct bpf_prog_info`: type, id.
-pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
-    info::<[u32; 2]>(fd).map(|[_, id]| id)
+fn check_kind(fd: BorrowedFd<'_>, kind: &str) -> io::Result<()> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    let is = name.to_string_lossy().contains(kind);
+    if is { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not a bpf {kind}"))) }
 }
 
 /// An array of one element, as inner maps are.
@@ -294,4 +300,10 @@ pub(crate) fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32
 pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkAttr { first: link.as_raw_fd() as u32, second: program.as_raw_fd() as u32, third: 0, fourth: 0 };
     call(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+/// Takes a link's program off its hook at once; removing the pin alone leaves that to a later moment of the kernel's.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = IdAttr { id: link.as_raw_fd() as u32, ..Default::default() };
+    call(Command::LinkDetach, &mut attr).map(drop)
 }

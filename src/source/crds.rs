@@ -37,15 +37,24 @@ pub enum Registered {
 
 /// A CRD that could not be registered.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "register CRD {name}: {source}; install deploy/crds by hand and set skip-crd-creation, or let the agents write CRDs"
-)]
+#[error("register CRD {name}: {message}")]
 pub struct RegisterError {
     /// `plural.group`
     pub name: String,
-    /// What the server said.
-    #[source]
-    pub source: Box<kube::Error>,
+    /// What the server said, and what to do about it.
+    pub message: String,
+}
+
+impl RegisterError {
+    fn new(name: &str, error: &kube::Error) -> Self {
+        let message = match error {
+            kube::Error::Api(status) if status.code == 403 => {
+                format!("{}; let the agents write CRDs, or apply deploy/crds and set skip-crd-creation", status.message)
+            }
+            error => super::kubernetes::chain(error),
+        };
+        Self { name: name.to_owned(), message }
+    }
 }
 
 /// All CRDs, in the order in which they are registered.
@@ -59,7 +68,7 @@ pub async fn register(client: Client) -> Result<Vec<(String, Registered)>, Regis
     let mut outcomes = Vec::new();
     for definition in definitions() {
         let name = definition["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-        let fail = |source: kube::Error| RegisterError { name: name.clone(), source: Box::new(source) };
+        let fail = |error: kube::Error| RegisterError::new(&name, &error);
         let wanted: CustomResourceDefinition =
             serde_json::from_value(definition).map_err(|error| fail(kube::Error::SerdeError(error)))?;
         let outcome = register_one(&api, &wanted).await.map_err(fail)?;

@@ -80,7 +80,7 @@ pub trait Source: Send + Sync + 'static {
     /// Returns it as stored, with its new version. The namespace and [`LEASE_LABEL`] are filled in.
     ///
     /// # Errors
-    /// [`WriteError::Conflict`] when somebody else wrote meanwhile, [`WriteError::NotFound`] when it was deleted meanwhile.
+    /// [`WriteError::Conflict`] when somebody else wrote, created or deleted it meanwhile.
     fn put_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, WriteError>>;
 
     /// Deletes a Lease. [`WriteError::NotFound`] when there is none.

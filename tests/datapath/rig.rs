@@ -202,7 +202,8 @@ pub(crate) struct Rig {
     pub(crate) datapath: Datapath,
     pub(crate) maps: Arc<KernelMaps>,
     pub(crate) lan: u32,
-    pub(crate) root: BpfRoot,
+    /// Unmounted last.
+    _root: BpfRoot,
 }
 
 impl Rig {
@@ -220,7 +221,7 @@ impl Rig {
         assert!(refused.is_empty(), "{refused:#?}");
         let maps = datapath.kernel_maps();
         let lan = ifindex(LAN);
-        let rig = Self { datapath, maps, lan, root };
+        let rig = Self { datapath, maps, lan, _root: root };
         rig.maps.write_settings(&settings()).expect("settings");
         rig.maps.put_device(lan, &device()).expect("device");
         rig.maps.apply(&services()).expect("services");
@@ -236,6 +237,9 @@ impl Rig {
     pub(crate) fn run_on(&mut self, program: &str, packet: &[u8], ifindex: u32) -> (i32, Vec<u8>) {
         let program: &mut SchedClassifier =
             self.datapath.ebpf_mut().program_mut(program).expect("in the object").try_into().expect("a classifier");
+        if program.fd().is_err() {
+            program.load().expect("the kernel takes it");
+        }
         // `struct __sk_buff` up to its eleventh word, ifindex.
         let mut context = [0u8; 44];
         context[40..].copy_from_slice(&ifindex.to_ne_bytes());

@@ -111,7 +111,7 @@ fn maglev_chooses_by_the_table_and_leaves_the_destination_address_out() {
                 settings().maglev_seed,
             );
             assert!(index < MAGLEV_TABLE_SIZE);
-            let expected = if index % 2 == 0 { LOCAL_POD } else { REMOTE_POD };
+            let expected = if index.is_multiple_of(2) { LOCAL_POD } else { REMOTE_POD };
             for vip in [VIP, second_vip] {
                 let (_, out) = rig.ingress(&tcp((CLIENT, port), (vip, TO_MAGLEV), SYN));
                 assert_eq!(ends(&out).1, (expected, 8080));

@@ -6,6 +6,8 @@
 
 mod adopt;
 mod alloc;
+#[cfg(test)]
+mod model;
 mod phases;
 mod planner;
 #[cfg(test)]

@@ -70,7 +70,7 @@ pub(super) const ADOPTED: No = 0;
 /// A backend's identity.
 pub(super) type Target = (Addr, Be16, u8);
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Service {
     pub(super) no: No,
     /// Ids of its ports, by name and protocol.
@@ -88,7 +88,7 @@ pub(super) struct Service {
     pub(super) full: Option<PlanError>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Front {
     pub(super) value: FrontendValue,
     /// Found in the maps, and not settled yet.
@@ -97,7 +97,7 @@ pub(super) struct Front {
     pub(super) claims: Vec<(No, u32)>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Range {
     pub(super) capacity: u32,
     /// What `base..` holds; no longer than `capacity`.
@@ -111,7 +111,7 @@ pub(super) struct Range {
     pub(super) checked: bool,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct BackendEntry {
     pub(super) value: Backend,
     /// Who has it in a set, and how.
@@ -130,7 +130,7 @@ impl BackendEntry {
 }
 
 /// Who uses the id of a service port.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct PortId {
     pub(super) owner: Option<No>,
     /// Adopted frontends that carry it.
@@ -141,7 +141,7 @@ pub(super) struct PortId {
 ///
 /// Pure: it is told what was found in the maps once ([`Planner::adopt`]) and answers every change with the writes that
 /// it takes. The writes are expected to happen in order; what fails is made good by [`Planner::repair`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Planner {
     pub(super) limits: Limits,
     pub(super) seed: HashSeed,

@@ -5,11 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use kinesin_abi::{Backend, BackendId, BackendState, FrontendKey, FrontendValue, SLOT_EMPTY};
+use kinesin_abi::{Backend, BackendId, BackendState, FrontendKey, FrontendValue, SLOT_EMPTY, frontend_flags};
 
 use super::Op;
 use super::phases::sort;
-use super::planner::{BackendEntry, Front, No, Planner, Range, Target, references};
+use super::planner::{BackendEntry, Front, No, Planner, Target, references};
 
 /// What was there before, for everything that the plan touched.
 #[derive(Default)]
@@ -128,9 +128,27 @@ impl Planner {
         range.maglev = table;
     }
 
+    /// Whether a claimed range has a table that none of its frontends selects from.
+    fn has_idle_table(&self, base: u32) -> bool {
+        let Some(range) = self.ranges.get(&base).filter(|range| range.maglev.is_some()) else { return false };
+        let owner = range.owner.and_then(|no| self.names.get(&no)).and_then(|key| self.services.get(key));
+        let selects = |value: &FrontendValue| {
+            value.flags & frontend_flags::MAGLEV != 0 && value.external.count > 0 && value.external.base == base
+        };
+        owner.is_some_and(|service| {
+            // Otherwise somebody unknown leads here, too.
+            let mut values = service.frontends.iter().filter_map(|at| self.frontends.get(at)).map(|front| front.value);
+            let known = values.clone().flat_map(|value| references(&value)).filter(|set| set.base == base).count();
+            known == range.refs as usize && !values.any(|value| selects(&value))
+        })
+    }
+
     /// Frees what nothing leads to any more, and lists all writes in a safe order.
     pub(super) fn finish(&mut self, mut tx: Transaction) -> Vec<Op> {
         for base in std::mem::take(&mut tx.ranges) {
+            if self.has_idle_table(base) {
+                self.set_maglev(&mut tx, base, None);
+            }
             if self.ranges.get(&base).is_some_and(|range| range.refs == 0) {
                 self.set_maglev(&mut tx, base, None);
                 self.fill_range(&mut tx, base, Vec::new());

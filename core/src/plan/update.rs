@@ -15,6 +15,8 @@ struct Group {
     members: Vec<Target>,
     /// How many references of this group lead to each range now.
     now: BTreeMap<u32, u32>,
+    /// How many references it has.
+    references: u32,
     /// Selection by Maglev table for some frontend's external traffic.
     maglev: bool,
 }
@@ -127,7 +129,7 @@ impl Planner {
             self.let_go(tx, at, no);
         }
         for (group, set) in groups.iter().zip(&sets) {
-            self.refresh_table(tx, set.base, group.maglev);
+            self.refresh_table(tx, set.base, group);
         }
         let frontends = owned.keys().copied().collect();
         let new = Service { no, ports, frontends, lost, backends, ..Service::default() };
@@ -157,11 +159,12 @@ impl Planner {
                     let mut sorted = members.clone();
                     sorted.sort_unstable();
                     *by_members.entry(sorted).or_insert_with(|| {
-                        groups.push(Group { members, now: BTreeMap::new(), maglev: false });
+                        groups.push(Group { members, now: BTreeMap::new(), references: 0, maglev: false });
                         groups.len() - 1
                     })
                 });
                 let group = &mut groups[group];
+                group.references += 1;
                 if now.count > 0 {
                     *group.now.entry(now.base).or_default() += 1;
                 }
@@ -318,7 +321,7 @@ impl Planner {
             // A renamed port keeps its id, and an adopted frontend its own.
             let renamed = ids.iter().copied().find(|id| old.values().any(|free| free == id));
             let adopted =
-                || ids.iter().copied().find(|id| self.port_ids.get(id).is_some_and(|use_| use_.owner.is_none()));
+                || ids.iter().copied().find(|id| self.port_ids.get(id).is_some_and(|port| port.owner.is_none()));
             let id = match renamed.or_else(adopted) {
                 Some(id) => id,
                 None => self.new_port_id(),
@@ -401,13 +404,15 @@ impl Planner {
         }
     }
 
-    fn refresh_table(&mut self, tx: &mut Transaction, base: u32, wanted: bool) {
+    fn refresh_table(&mut self, tx: &mut Transaction, base: u32, group: &Group) {
         let Some(range) = self.ranges.get(&base) else { return };
         let changed = tx
             .slots
             .iter()
             .any(|op| matches!(op, super::Op::Slot(at, _) if (base..base + range.capacity).contains(at)));
-        match (&range.maglev, wanted) {
+        match (&range.maglev, group.maglev) {
+            // An adopted frontend that nobody claimed may still select from it; `finish` sees it go.
+            (Some(_), false) if range.refs > group.references => {}
             (Some(_), false) => self.set_maglev(tx, base, None),
             (Some(_), true) if range.checked && !changed => {}
             (None, false) => {}

@@ -75,7 +75,7 @@ impl From<Addr> for IpAddr {
         }
         let mut bytes = [0; 16];
         for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(addr.words) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
+            *chunk = word.to_ne_bytes();
         }
         IpAddr::V6(Ipv6Addr::from(bytes))
     }

@@ -22,8 +22,8 @@ const FRESH: u64 = SECOND;
 const QUIET: u64 = 60 * SECOND;
 /// The same for an established TCP connection (the default of `bpf-ct-timeout-service-tcp`).
 const ESTABLISHED: u64 = 8000 * SECOND;
-/// Source ports tried for a new connection.
-const ATTEMPTS: u32 = 32;
+/// Source ports tried for a new connection, twice: sparing connections that have just closed, then not.
+const ATTEMPTS: u32 = 16;
 
 /// The entry for the packet's tuple, unless it belongs to the past.
 #[inline(always)]
@@ -149,38 +149,48 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     };
     let own = client.sport.get() as u32;
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
-    let port_fits = !opening.redirect || (own >= min && own - min < span);
-    if !allocate(client, &mut forward, min, span, port_fits)? {
-        return Err(DropReason::NoNatMapping);
+    let own_port_fits = !opening.redirect || (own >= min && own - min < span);
+    let range = min << 16 | span;
+    let mut result = allocate(client, &mut forward, range, own_port_fits as u32, 0);
+    if result == OCCUPIED {
+        result = allocate(client, &mut forward, range, own_port_fits as u32, 1);
+    }
+    match result {
+        TAKEN => {}
+        OCCUPIED => return Err(DropReason::NoNatMapping),
+        _ => return Err(DropReason::FlowInsertFailed),
     }
     FLOWS.insert(client, &forward, BPF_ANY as u64).map_err(|_| DropReason::FlowInsertFailed)?;
     Ok(forward.sport)
 }
 
-/// Finds a source port whose entry of the backend's direction is free, and takes it.
-#[inline(always)]
-fn allocate(
-    client: &FlowKey,
-    forward: &mut FlowValue,
-    min: u32,
-    span: u32,
-    own_port_fits: bool,
-) -> Result<bool, DropReason> {
+// What a try to take a source port comes to. Plain numbers, so that all ways out of a function look the same to the
+// verifier.
+const OCCUPIED: u32 = 0;
+const TAKEN: u32 = 1;
+const FAILED: u32 = 2;
+
+/// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
+/// the first port and, in the lower half, how many there are.
+#[inline(never)]
+fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32, pressed: u32) -> u32 {
     let reply = partner(client, forward);
     let mut key = partner_key(forward, client.proto);
+    let (min, span) = (range >> 16, range & 0xffff);
     for attempt in 0..ATTEMPTS {
-        if attempt > 0 || !own_port_fits {
+        if attempt > 0 || own_port_fits == 0 {
             if span == 0 {
-                return Ok(false);
+                return OCCUPIED;
             }
             key.dport = Be16::new((min + lookup::random_below(span)) as u16);
         }
-        if take(&key, &reply, attempt)? {
+        let result = take(&key, &reply, pressed);
+        if result != OCCUPIED {
             forward.sport = key.dport;
-            return Ok(true);
+            return result;
         }
     }
-    Ok(false)
+    OCCUPIED
 }
 
 /// `EEXIST`, as helpers return it.
@@ -188,33 +198,39 @@ const EXISTS: i32 = -17;
 
 /// Writes the entry of the backend's direction unless a living connection of somebody else has it.
 #[inline(never)]
-fn take(key: &FlowKey, reply: &FlowValue, attempt: u32) -> Result<bool, DropReason> {
+fn take(key: &FlowKey, reply: &FlowValue, pressed: u32) -> u32 {
     match FLOWS.insert(key, reply, BPF_NOEXIST as u64) {
-        Ok(()) => return Ok(true),
+        Ok(()) => return TAKEN,
         Err(EXISTS) => {}
-        Err(_) => return Err(DropReason::FlowInsertFailed),
+        Err(_) => return FAILED,
     }
     if let Some(holder) = FLOWS.get_ptr_mut(key) {
         // SAFETY: points into the map.
         let holder = unsafe { &*holder };
-        let same = holder.src == reply.src
-            && holder.dst == reply.dst
-            && holder.sport == reply.sport
-            && holder.dport == reply.dport;
-        if !same && !abandoned(holder, key.proto, reply.last_seen, attempt) {
-            return Ok(false);
+        if !same_tuple(holder, reply) && !abandoned(holder, key.proto, reply.last_seen, pressed != 0) {
+            return OCCUPIED;
         }
     }
-    FLOWS.insert(key, reply, BPF_ANY as u64).map_err(|_| DropReason::FlowInsertFailed)?;
-    Ok(true)
+    if FLOWS.insert(key, reply, BPF_ANY as u64).is_ok() { TAKEN } else { FAILED }
+}
+
+/// Whether two entries lead to the same. Without branches: each would double what the verifier follows, per attempt.
+#[inline(always)]
+fn same_tuple(a: &FlowValue, b: &FlowValue) -> bool {
+    let mut difference = (a.sport.raw() ^ b.sport.raw()) as u32 | (a.dport.raw() ^ b.dport.raw()) as u32;
+    for i in 0..4 {
+        difference |= a.src.words[i] ^ b.src.words[i];
+        difference |= a.dst.words[i] ^ b.dst.words[i];
+    }
+    difference == 0
 }
 
 /// Whether the connection of this reply entry is over, or has been silent for longer than it may.
 #[inline(always)]
-fn abandoned(reply: &FlowValue, protocol: u8, now: u64, attempt: u32) -> bool {
+fn abandoned(reply: &FlowValue, protocol: u8, now: u64, pressed: bool) -> bool {
     let over = closed(reply.tcp);
-    // A closed connection may still send its last segments; spare it while other ports may be free.
-    if over && attempt >= ATTEMPTS / 2 {
+    // A closed connection may still send its last segments; spare it while others may do.
+    if over && pressed {
         return true;
     }
     let quiet = if protocol == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };

@@ -1,13 +1,17 @@
 //! The two sentences of the tc hooks.
 
-use kinesin_abi::{Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags};
+use kinesin_abi::{
+    BACKEND_LOCAL, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags,
+};
 
 use crate::{
-    arp, flows, lookup,
+    arp,
+    flows::{self, Opening},
+    lookup,
     packet::{self, Packet, Unparsed},
     reject,
     rewrite::{self, Tuple},
-    route,
+    route::{self, Route},
     skb::{ETHERNET, Skb, TO_ANOTHER_HOST, TO_US},
     verdict::Verdict,
 };
@@ -32,6 +36,8 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let parsed = packet::ipv4(skb, link, packet);
+    // Looked up again, so that the compiler cannot carry over what it knows about the values just written.
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
@@ -94,22 +100,20 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
         return reject::port_unreachable(skb, packet, link);
     }
     let (id, backend) = lookup::select(frontend, &packet.flow).ok_or(DropReason::NoBackend)?;
-    if backend.flags & kinesin_abi::BACKEND_LOCAL != 0 {
-        let source = packet.flow.src;
-        let sport = flows::open(&flows::Opening { packet, backend, id, source, redirect: false })?;
-        let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
-        rewrite::translate(skb, packet, &to, false)?;
-        return Ok(Verdict::Translated);
+    let redirect = backend.flags & BACKEND_LOCAL == 0;
+    let mut source = packet.flow.src;
+    let mut route = Route::NONE;
+    if redirect {
+        if packet.ttl <= 1 {
+            return Err(DropReason::TtlExceeded);
+        }
+        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto)?;
+        source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
-    if packet.ttl <= 1 {
-        return Err(DropReason::TtlExceeded);
-    }
-    let route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto)?;
-    let source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
-    let sport = flows::open(&flows::Opening { packet, backend, id, source, redirect: true })?;
+    let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
-    rewrite::translate(skb, packet, &to, true)?;
-    Ok(Verdict::Sent(route::send(skb, &route)))
+    rewrite::translate(skb, packet, &to, redirect)?;
+    if redirect { Ok(Verdict::Sent(route::send(skb, &route))) } else { Ok(Verdict::Translated) }
 }
 
 /// A packet from the node out of a device: only replies of local backends are ours.

@@ -57,10 +57,10 @@ pub fn backend(id: BackendId) -> Option<&'static Backend> {
 pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
     let mut slot = random_below(set.count);
     for attempt in 0..TRIES {
-        if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot)) {
-            if let Some(backend) = backend(id) {
-                return Some((id, backend));
-            }
+        if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot))
+            && let Some(backend) = backend(id)
+        {
+            return Some((id, backend));
         }
         // Met a set in the middle of a rewrite: walk from its start.
         slot = attempt;

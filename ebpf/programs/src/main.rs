@@ -5,6 +5,8 @@
 //! `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
 #![no_std]
 #![no_main]
+// The macros' outer functions take the context as a raw pointer.
+#![allow(clippy::not_unsafe_ptr_arg_deref)]
 
 mod arp;
 mod flows;

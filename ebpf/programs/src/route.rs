@@ -20,6 +20,11 @@ pub struct Route {
     hop: [u32; 4],
 }
 
+impl Route {
+    /// Nowhere; for packets that the stack delivers.
+    pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
+}
+
 /// Asks the kernel's routing tables.
 #[inline(always)]
 pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropReason> {

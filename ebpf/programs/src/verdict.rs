@@ -27,7 +27,7 @@ pub fn finish(skb: Skb, direction: Direction, verdict: Result<Verdict, DropReaso
     match verdict {
         Ok(Verdict::Pass) => TC_ACT_UNSPEC,
         Ok(Verdict::Answered(code)) => code,
-        Ok(Verdict::Dropped) => TC_ACT_SHOT as i32,
+        Ok(Verdict::Dropped) => TC_ACT_SHOT,
         Ok(Verdict::Translated) => {
             lookup::count(0, direction, skb.len());
             TC_ACT_UNSPEC
@@ -38,7 +38,7 @@ pub fn finish(skb: Skb, direction: Direction, verdict: Result<Verdict, DropReaso
         }
         Err(reason) => {
             lookup::count(reason as u8, direction, skb.len());
-            TC_ACT_SHOT as i32
+            TC_ACT_SHOT
         }
     }
 }

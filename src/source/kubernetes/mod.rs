@@ -16,7 +16,7 @@ mod write;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -24,9 +24,10 @@ use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Obj
 use smol_str::SmolStr;
 
 use self::servers::Servers;
+pub(super) use self::servers::chain;
 pub use self::servers::{ConnectError, KubernetesOptions};
 use self::wire::Kind;
-use super::{Events, LEASE_LABEL, LEASE_LABEL_VALUE, Source, SourceHealth, WriteError};
+use super::{Events, IPAM_CONDITION, LEASE_LABEL, LEASE_LABEL_VALUE, Source, SourceHealth, WriteError};
 
 /// Objects from the Kubernetes API.
 pub struct KubernetesSource {
@@ -37,60 +38,59 @@ pub struct KubernetesSource {
 struct Shared {
     servers: Servers,
     namespace: String,
-    /// Status and transition time of the conditions that Kinesin may write, by type.
-    conditions: Mutex<HashMap<(&'static str, ObjectKey), Vec<Known>>>,
+    /// What the watches saw of conditions that Kinesin may write.
+    conditions: Mutex<Conditions>,
 }
 
-/// A condition as far as its transition time depends on it.
-struct Known {
-    kind: SmolStr,
-    status: SmolStr,
-    since: SmolStr,
+/// Conditions seen. Of Services, of which there are thousands, only what their transition time depends on.
+#[derive(Default)]
+struct Conditions {
+    /// Status and `lastTransitionTime` of LB-IPAM's condition.
+    services: HashMap<ObjectKey, (SmolStr, SmolStr)>,
+    /// By kind and name, whole.
+    custom: HashMap<(&'static str, SmolStr), Vec<Condition>>,
 }
 
 impl Shared {
-    fn remember<T: Kind>(&self, object: &T) {
-        if T::HAS_CONDITIONS {
-            self.remember_conditions(T::KIND, object.key(), object.our_conditions());
+    fn conditions(&self) -> MutexGuard<'_, Conditions> {
+        self.conditions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Conditions {
+    fn remember_service(&mut self, key: ObjectKey, condition: Option<&Condition>) {
+        match condition {
+            Some(c) => {
+                drop(self.services.insert(key, (SmolStr::new(&c.status), SmolStr::new(&c.last_transition_time))))
+            }
+            None => drop(self.services.remove(&key)),
         }
     }
 
-    fn remember_conditions<'a>(
-        &self,
-        kind: &'static str,
-        key: ObjectKey,
-        conditions: impl Iterator<Item = &'a Condition>,
-    ) {
-        let known: Vec<Known> = conditions
-            .map(|c| Known {
-                kind: SmolStr::new(&c.kind),
-                status: SmolStr::new(&c.status),
-                since: SmolStr::new(&c.last_transition_time),
-            })
-            .collect();
-        let mut all = self.conditions.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.is_empty() {
-            all.remove(&(kind, key));
-        } else {
-            all.insert((kind, key), known);
-        }
-    }
-
-    fn forget(&self, kind: &'static str, key: &ObjectKey) {
-        self.conditions.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, key.clone()));
-    }
-
-    /// The conditions of an object, as far as they matter for [`super::status::transition`].
-    fn known(&self, kind: &'static str, key: &ObjectKey) -> Vec<Condition> {
-        let all = self.conditions.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(known) = all.get(&(kind, key.clone())) else { return Vec::new() };
-        let restore = |known: &Known| Condition {
-            kind: known.kind.to_string(),
-            status: known.status.to_string(),
-            last_transition_time: known.since.to_string(),
+    /// As much of the condition as [`super::status::transition`] asks for.
+    fn of_service(&self, key: &ObjectKey) -> Option<Condition> {
+        self.services.get(key).map(|(status, since)| Condition {
+            kind: IPAM_CONDITION.to_owned(),
+            status: status.to_string(),
+            last_transition_time: since.to_string(),
             ..Condition::default()
-        };
-        known.iter().map(restore).collect()
+        })
+    }
+
+    fn remember_custom(&mut self, kind: &'static str, name: SmolStr, conditions: &[Condition]) {
+        self.custom.insert((kind, name), conditions.to_vec());
+    }
+
+    fn of_custom(&self, kind: &'static str, name: &str) -> Vec<Condition> {
+        self.custom.get(&(kind, SmolStr::new(name))).cloned().unwrap_or_default()
+    }
+
+    fn forget(&mut self, kind: &'static str, key: &ObjectKey) {
+        if kind == Service::KIND {
+            self.services.remove(key);
+        } else {
+            self.custom.remove(&(kind, key.name.clone()));
+        }
     }
 }
 

@@ -287,7 +287,8 @@ async fn answer(
             }
         }
         (&Method::PUT, _) => match guard.objects.get(&key) {
-            None => refuse(404, "NotFound", "not found"),
+            // Leases are created on update, but not with the uid of one that is gone.
+            None => refuse(409, "Conflict", "precondition failed: UID"),
             Some(stored) if stored["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"] => {
                 refuse(409, "Conflict", "the object has been modified")
             }

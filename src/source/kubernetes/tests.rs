@@ -370,6 +370,10 @@ async fn custom_resources_are_written_by_server_side_apply() {
     assert_eq!(writes[0].body["apiVersion"], "cilium.io/v2");
     assert_eq!(writes[0].body["status"]["conditions"][0]["lastTransitionTime"], "2021-01-01T00:00:00Z");
     assert!(writes[0].body["status"]["conditions"][1]["lastTransitionTime"].as_str().unwrap().ends_with('Z'));
+    // A type that is not repeated by the caller is repeated for it.
+    source.write_pool_status("p", &[condition("cilium.io/PoolConflict", "True", "cidr_overlap")]).await.unwrap();
+    let applied = api.writes()[2].body["status"]["conditions"].clone();
+    assert_eq!((&applied[0]["message"], &applied[1]["status"]), (&json!("101"), &json!("True")));
     let managers: Vec<&str> = writes.iter().map(|write| write.query["fieldManager"].as_str()).collect();
     assert_eq!(managers, ["cilium-operator-lb-ipam", "cilium-agent-l2-announcer"]);
 }
@@ -410,7 +414,7 @@ async fn leases_are_compared_and_swapped_by_the_server() {
     source.delete_lease("duties").await.unwrap();
     assert!(matches!(source.delete_lease("duties").await, Err(WriteError::NotFound { .. })));
     leases.until(|l| l.names().is_empty()).await;
-    assert!(matches!(source.put_lease(&current).await, Err(WriteError::NotFound { .. })));
+    assert!(matches!(source.put_lease(&current).await, Err(WriteError::Conflict { .. })));
 }
 
 #[tokio::test]

@@ -325,14 +325,14 @@ impl<T: Kind> Watcher<T> {
         if !self.broken.is_empty() && self.broken.remove(&object.key()) {
             self.shared.servers.set_problem(T::KIND, object.key().to_string(), None);
         }
-        self.shared.remember(object);
+        object.remember_conditions(&self.shared);
     }
 
     fn deleted(&mut self, key: ObjectKey) {
         if self.broken.remove(&key) {
             self.shared.servers.set_problem(T::KIND, key.to_string(), None);
         }
-        self.shared.forget(T::KIND, &key);
+        self.shared.conditions().forget(T::KIND, &key);
         self.queue.push_back(Event::Delete(key));
     }
 

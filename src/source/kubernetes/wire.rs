@@ -5,15 +5,14 @@
 
 use std::collections::BTreeMap;
 
-use kinesin_core::objects::{
-    Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service, null_default,
-};
+use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service, null_default};
 use kube::core::Status;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use smol_str::SmolStr;
 
+use super::Shared;
 use crate::source::IPAM_CONDITION;
 
 /// Annotation with a copy of the whole manifest.
@@ -23,32 +22,26 @@ const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 
 /// A kind that is watched.
 pub(super) trait Kind: Object + DeserializeOwned {
-    /// Whether Kinesin writes conditions on this kind.
-    const HAS_CONDITIONS: bool = false;
-    /// The conditions that Kinesin may write, whose transition times must be known then.
-    fn our_conditions(&self) -> impl Iterator<Item = &Condition> {
-        [].iter()
-    }
+    /// Keeps the conditions that Kinesin may write, for when it does.
+    fn remember_conditions(&self, _: &Shared) {}
     /// Drops what only tools read and nobody here uses.
     fn slim(&mut self) {}
 }
 
 impl Kind for Service {
-    const HAS_CONDITIONS: bool = true;
-    fn our_conditions(&self) -> impl Iterator<Item = &Condition> {
-        self.status.conditions.iter().filter(|c| c.kind == IPAM_CONDITION)
+    fn remember_conditions(&self, shared: &Shared) {
+        let ours = self.status.conditions.iter().find(|c| c.kind == IPAM_CONDITION);
+        shared.conditions().remember_service(self.key(), ours);
     }
 }
 impl Kind for Pool {
-    const HAS_CONDITIONS: bool = true;
-    fn our_conditions(&self) -> impl Iterator<Item = &Condition> {
-        self.status.conditions.iter()
+    fn remember_conditions(&self, shared: &Shared) {
+        shared.conditions().remember_custom(Self::KIND, self.metadata.name.clone(), &self.status.conditions);
     }
 }
 impl Kind for L2Policy {
-    const HAS_CONDITIONS: bool = true;
-    fn our_conditions(&self) -> impl Iterator<Item = &Condition> {
-        self.status.conditions.iter()
+    fn remember_conditions(&self, shared: &Shared) {
+        shared.conditions().remember_custom(Self::KIND, self.metadata.name.clone(), &self.status.conditions);
     }
 }
 impl Kind for EndpointSlice {

@@ -26,15 +26,15 @@ pub(super) async fn service_status(
     ingress: &[IpAddr],
     condition: Option<&Condition>,
 ) -> Result<(), WriteError> {
-    let known = shared.known(Service::KIND, key);
-    let condition = condition.map(|condition| status::transition(&known, condition, &status::now()));
+    let known = shared.conditions().of_service(key);
+    let condition = condition.map(|condition| status::transition(known.as_slice(), condition, &status::now()));
     let entries: Vec<Value> = ingress.iter().map(|ip| json!({"ip": ip})).collect();
     let mut patch =
         json!({"status": {"loadBalancer": {"ingress": if entries.is_empty() { Value::Null } else { entries.into() }}}});
     match &condition {
         Some(condition) => patch["status"]["conditions"] = json!([condition]),
         // Nothing to delete where nothing was seen: the directive would fail on a Service without any condition.
-        None if known.is_empty() => {}
+        None if known.is_none() => {}
         None => patch["status"]["conditions"] = json!([{"$patch": "delete", "type": IPAM_CONDITION}]),
     }
     let params = PatchParams { field_manager: Some(LB_IPAM.to_owned()), ..PatchParams::default() };
@@ -43,20 +43,20 @@ pub(super) async fn service_status(
         .patch_subresource("status", &key.name, &params, &Patch::Strategic(patch))
         .map_err(|error| failed(CallError::Transport(error.to_string())))?;
     shared.servers.call(Class::Status, request).await.map_err(failed)?;
-    shared.remember_conditions(Service::KIND, key.clone(), condition.iter());
+    shared.conditions().remember_service(key.clone(), condition.as_ref());
     Ok(())
 }
 
-/// Server-side apply: the list of conditions is a map by type, and each manager owns its own.
+/// Server-side apply: the list of conditions is a map by type. A manager's types that it does not repeat are removed, so all
+/// that are known go along.
 pub(super) async fn custom_status<T: Kind>(
     shared: &Shared,
     name: &str,
     conditions: &[Condition],
     manager: &str,
 ) -> Result<(), WriteError> {
-    let key = ObjectKey::new("", name);
-    let (known, now) = (shared.known(T::KIND, &key), status::now());
-    let conditions: Vec<Condition> = conditions.iter().map(|c| status::transition(&known, c, &now)).collect();
+    let known = shared.conditions().of_custom(T::KIND, name);
+    let conditions = status::merge_conditions(&known, conditions, &status::now());
     let patch = json!({
         "apiVersion": T::API_VERSIONS[0],
         "kind": T::KIND,
@@ -69,7 +69,7 @@ pub(super) async fn custom_status<T: Kind>(
         .map_err(|error| failed(CallError::Transport(error.to_string())))?;
     let answer = shared.servers.call(Class::Status, request).await.map_err(failed)?;
     if let Ok(object) = wire::object::<T>(&answer) {
-        shared.remember(&object);
+        object.remember_conditions(shared);
     }
     Ok(())
 }

@@ -255,8 +255,11 @@ fn file_names(dir: &Path, extensions: &[&str]) -> io::Result<BTreeSet<String>> {
 #[derive(Debug)]
 pub(super) struct StateFiles<T> {
     dir: PathBuf,
-    files: BTreeMap<String, (Option<Stamp>, Result<Arc<T>, String>)>,
+    files: BTreeMap<String, (Option<Stamp>, Parsed<T>)>,
 }
+
+/// A good object, or what is wrong with the file.
+type Parsed<T> = Result<Arc<T>, String>;
 
 impl<T: Kind> StateFiles<T> {
     pub(super) fn new(dir: PathBuf) -> Self {

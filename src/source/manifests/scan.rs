@@ -41,8 +41,11 @@ pub(super) enum Message {
 /// A table whose objects are composed of a manifest and a status; composes again only what changed.
 #[derive(Debug)]
 struct Merged<T> {
-    parts: BTreeMap<ObjectKey, (Arc<T>, Option<Arc<T>>, Arc<T>)>,
+    parts: BTreeMap<ObjectKey, Parts<T>>,
 }
+
+/// The manifest, the status file, and the object composed of both.
+type Parts<T> = (Arc<T>, Option<Arc<T>>, Arc<T>);
 
 impl<T: Kind> Merged<T> {
     fn update<'a>(&mut self, objects: impl Iterator<Item = &'a Arc<T>>, statuses: &Table<T>) -> Table<T> {

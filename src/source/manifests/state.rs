@@ -72,7 +72,10 @@ impl StateDir {
                 }
                 Err((unlocked, _)) => file = unlocked,
             }
-            // Blocking in the kernel could not be given up; writers hold the lock for microseconds.
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "on a blocking thread; waiting in the kernel could not be given up, and locks last microseconds"
+            )]
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -166,7 +169,7 @@ impl StateDir {
         match (fs::read(&path), expected.is_empty()) {
             (Err(error), true) if error.kind() == io::ErrorKind::NotFound => {}
             (Err(error), false) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(WriteError::NotFound { kind: Lease::KIND, name: name() });
+                return Err(WriteError::Conflict { kind: Lease::KIND, name: name() });
             }
             (Err(error), _) => return Err(failed(error)),
             // A damaged file is nobody's lease.

@@ -1,0 +1,243 @@
+//! Real traffic: a client, a node with a pod, and a second node on one switched LAN. Checksums are left to offload and
+//! segments are merged, as on any virtual device, so this is where mistakes with them show.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kinesin::datapath::Datapath;
+use kinesin_abi::{FrontendKind, L2Key, frontend_flags, proto};
+use kinesin_core::plan::Op;
+use nix::sched::{CloneFlags, unshare};
+
+use crate::rig::*;
+
+/// Port of [`VIP`] whose backend is the node itself.
+const TO_HOST: u16 = 85;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A network namespace with a thread inside, which ends with it.
+struct Host {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    netns: String,
+}
+
+impl Host {
+    fn new() -> Self {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let (named, name) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root may unshare");
+            ip("link set lo up");
+            let netns = format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid());
+            named.send(netns).expect("the test waits");
+            queue.into_iter().for_each(|job| job());
+        });
+        let netns = name.recv().expect("the thread starts");
+        Self { jobs: Some(jobs), thread: Some(thread), netns }
+    }
+
+    /// Runs in this namespace and waits.
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (done, result) = mpsc::channel();
+        self.start(move || {
+            let _ = done.send(job());
+        });
+        result.recv().expect("the job did not panic")
+    }
+
+    fn start(&self, job: impl FnOnce() + Send + 'static) {
+        self.jobs.as_ref().expect("open until dropped").send(Box::new(job)).expect("the thread lives");
+    }
+
+    fn ip(&self, arguments: &'static [&'static str]) {
+        self.run(|| arguments.iter().for_each(|line| ip(line)));
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Echoes TCP connections and datagrams at an address until its namespace's sockets go.
+fn echo(at: (Ipv4Addr, u16)) {
+    let listener = TcpListener::bind(at).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let (mut from, mut to) = (stream.try_clone().unwrap(), stream);
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    let socket = UdpSocket::bind(at).unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        while let Ok((len, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..len], from);
+        }
+    });
+}
+
+struct Lan {
+    client: Host,
+    _pod: Host,
+    _second: Host,
+    _switch: Host,
+    datapath: Option<Datapath>,
+    root: BpfRoot,
+}
+
+impl Lan {
+    /// The calling thread becomes the node.
+    fn new() -> Self {
+        let [switch, client, pod, second] = std::array::from_fn(|_| Host::new());
+        ip("link set lo up");
+        switch.ip(&["link add br0 type bridge", "link set br0 up"]);
+        ip(&format!("link add lan0 address 02:00:00:00:00:10 type veth peer name p0 netns {}", switch.netns));
+        ip(&format!("link add pod0 type veth peer name eth0 netns {}", pod.netns));
+        let (into_client, into_second) = (client.netns.clone(), second.netns.clone());
+        switch.run(move || {
+            ip(&format!("link add p1 type veth peer name eth0 netns {into_client}"));
+            ip(&format!("link add p2 type veth peer name eth0 netns {into_second}"));
+            for port in ["p0", "p1", "p2"] {
+                ip(&format!("link set {port} master br0 up"));
+            }
+        });
+        ip("link set lan0 up");
+        ip("addr add 192.168.1.10/24 dev lan0");
+        ip("link set pod0 up");
+        ip("addr add 10.42.1.1/24 dev pod0");
+        ip("route add 10.42.2.0/24 via 192.168.1.11");
+        forwarding(true);
+        pod.ip(&["link set eth0 up", "addr add 10.42.1.5/24 dev eth0", "route add default via 10.42.1.1"]);
+        second.ip(&["link set eth0 up", "addr add 192.168.1.11/24 dev eth0", "addr add 10.42.2.5/32 dev lo"]);
+        client.ip(&["link set eth0 up", "addr add 192.168.1.50/24 dev eth0", "route add 10.0.0.0/24 dev eth0"]);
+        pod.run(|| echo((LOCAL_POD, 8080)));
+        second.run(|| echo((REMOTE_POD, 8080)));
+        echo((NODE, 8080));
+
+        let root = BpfRoot::new();
+        let mut lan = Self { client, _pod: pod, _second: second, _switch: switch, datapath: None, root };
+        lan.start_agent();
+        let maps = lan.datapath.as_ref().unwrap().maps();
+        maps.write_settings(&settings()).unwrap();
+        maps.put_device(ifindex(LAN), &device()).unwrap();
+        maps.apply(&services()).unwrap();
+        for (id, protocol) in [(50, proto::TCP), (60, proto::UDP)] {
+            let flags = frontend_flags::ROUTABLE;
+            let host = value(FrontendKind::LoadBalancer, flags, id, 1);
+            let ops = [
+                Op::Backend(id, backend(NODE, 8080, protocol, true)),
+                Op::Slot(id, id),
+                Op::PutFrontend(frontend(VIP, TO_HOST, protocol), host),
+            ];
+            maps.apply(&ops).unwrap();
+        }
+        maps.put_l2(L2Key { addr: VIP.into(), ifindex: ifindex(LAN) }).unwrap();
+        lan
+    }
+
+    /// Loads and attaches, in place of what is there.
+    fn start_agent(&mut self) {
+        let mut datapath = Datapath::load(&options(self.root.path())).unwrap();
+        let hooks = datapath.attach_device(LAN, ifindex(LAN)).unwrap();
+        assert!(hooks.ingress.is_ok() && hooks.egress.is_ok(), "{hooks:?}");
+        self.datapath = Some(datapath);
+    }
+}
+
+fn connect(port: u16) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&(VIP, port).into(), PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Sends so many bytes and asserts that they come back.
+fn exchange(stream: &TcpStream, len: usize) {
+    let sent: Vec<u8> = (0..len).map(|i| (i * 7 + i / 251) as u8).collect();
+    let (mut writer, copy) = (stream.try_clone().unwrap(), sent.clone());
+    let sender = std::thread::spawn(move || writer.write_all(&copy));
+    let mut received = vec![0; len];
+    (&*stream).read_exact(&mut received).unwrap();
+    sender.join().unwrap().unwrap();
+    assert!(sent == received, "the bytes that came back differ");
+}
+
+#[test]
+fn connections_and_datagrams_reach_local_remote_and_host_backends() {
+    isolated(|| {
+        let lan = Lan::new();
+        for port in [TO_LOCAL, TO_REMOTE, TO_HOST] {
+            lan.client.run(move || {
+                let stream = connect(port).unwrap();
+                exchange(&stream, 4 << 20);
+                stream.shutdown(Shutdown::Write).unwrap();
+                assert_eq!((&stream).read(&mut [0; 1]).unwrap(), 0, "the end of the connection arrives too");
+                let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+                socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                socket.connect((VIP, port)).unwrap();
+                for len in [0, 1, 1200] {
+                    socket.send(&vec![len as u8; len]).unwrap();
+                    assert_eq!(socket.recv(&mut [0; 2048]).unwrap(), len);
+                }
+            });
+        }
+        // Who the LAN sees.
+        let neighbours = lan.client.run(|| fs::read_to_string("/proc/thread-self/net/arp").unwrap());
+        let mac = neighbours.lines().find(|line| line.starts_with("10.0.0.100 ")).expect("resolved");
+        assert!(mac.contains("02:00:00:00:00:10"), "{mac}");
+        let maps = lan.datapath.as_ref().unwrap().maps();
+        assert!(maps.read_l2().unwrap()[0].1.responses_sent > 0);
+        assert_eq!(maps.drops().unwrap(), []);
+    });
+}
+
+#[test]
+fn a_refusal_arrives_at_real_sockets() {
+    isolated(|| {
+        let lan = Lan::new();
+        lan.client.run(|| {
+            let error = connect(TO_NOBODY).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+            for payload in [&b""[..], &[7; 1001]] {
+                let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+                socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                socket.connect((VIP, TO_NOBODY)).unwrap();
+                socket.send(payload).unwrap();
+                let error = socket.recv(&mut [0; 8]).unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+            }
+        });
+    });
+}
+
+#[test]
+fn connections_outlive_the_agent_and_its_successors() {
+    isolated(|| {
+        let mut lan = Lan::new();
+        let streams: Vec<TcpStream> =
+            lan.client.run(|| [TO_LOCAL, TO_REMOTE].iter().map(|port| connect(*port).unwrap()).collect());
+        for _ in 0..3 {
+            streams.iter().for_each(|stream| exchange(stream, 100_000));
+            // The agent dies, and for a while there is none.
+            drop(lan.datapath.take());
+            streams.iter().for_each(|stream| exchange(stream, 100_000));
+            lan.client.run(|| exchange(&connect(TO_REMOTE).unwrap(), 1000));
+            lan.start_agent();
+        }
+        streams.iter().for_each(|stream| exchange(stream, 100_000));
+    });
+}
