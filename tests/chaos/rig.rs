@@ -66,16 +66,12 @@ impl Rig {
     /// Three nodes, all agents ready, the address owned by one of them.
     pub(crate) async fn start(name: &str, lease: Lease, more: &[(&str, &str)]) -> Self {
         let turn = TURNS.acquire().await.unwrap();
-        let began = Instant::now();
-        let lap = |what: &str| eprintln!("{name}: {what} after {:.1?}", began.elapsed());
         let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
         let lab = builder.nodes(3).pods_per_node(2).build().await.unwrap();
-        lap("network");
         manifests::write_all(&lab).unwrap();
         for pod in lab.pods() {
             pod.serve().await.unwrap();
         }
-        lap("pods");
         let more = more.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
         let agents = lab.nodes().iter().map(|_| None).collect();
         let mut rig = Self { agents, lab, vip: Ipv4Addr::UNSPECIFIED, lease, more, _turn: turn };
@@ -85,11 +81,8 @@ impl Rig {
         for number in 1..=3 {
             rig.agent(number).wait_ready(LIMIT).await.unwrap();
         }
-        lap("agents");
         rig.vip = rig.address().await;
-        lap("address");
         rig.owner(&[]).await;
-        lap("owner");
         rig
     }
 
