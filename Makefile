@@ -1,7 +1,7 @@
 # Thin: each target is one command of scripts/ or cargo. Versions and what must be installed: scripts/setup.sh.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check
+.PHONY: help setup run test check bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,3 +17,6 @@ test: ## every test, against the real kernel and a real API server (the first ti
 
 check: ## formatting, lints, documentation, licences and advisories
 	@scripts/check.sh
+
+bench: ## what it costs: first sync, memory, time to the maps, ns per packet, requests/s (ONLY="micro sync": some of it)
+	@scripts/bench.sh $(ONLY)

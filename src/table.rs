@@ -7,14 +7,15 @@
 //!
 //! Deliberately absent: history, transactions, waiting for a consumer.
 //!
-//! Cost per row: the key twice while it is dirty, one `Arc`. Cost per change: one shard lock and one short mutex per
-//! subscriber.
+//! Cost per row: the key twice (and a time) while it is dirty, one `Arc`. Cost per change: one reading of the clock, one
+//! shard lock and one short mutex per subscriber.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use dashmap::DashMap;
 
@@ -35,7 +36,8 @@ struct Inner<K, V> {
 }
 
 struct Mailbox<K> {
-    dirty: Mutex<HashSet<K>>,
+    /// What changed, and since when the oldest of its changes waits.
+    dirty: Mutex<HashMap<K, Instant>>,
     /// Set while a wake-up is on its way, so that it is sent once.
     woken: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
@@ -57,11 +59,17 @@ impl<K: Key, V: PartialEq + Send + Sync + 'static> Default for Table<K, V> {
 impl<K: Key, V: PartialEq + Send + Sync + 'static> Table<K, V> {
     /// Sets the value of a key. Returns whether anything changed; an equal value wakes nobody.
     pub fn put(&self, key: K, value: V) -> bool {
+        self.put_since(key, value, Instant::now())
+    }
+
+    /// [`Self::put`] of a value that follows from a change made at `since`: subscribers that ask how old a change is
+    /// ([`Subscription::take_since`]) see the time of its cause.
+    pub fn put_since(&self, key: K, value: V, since: Instant) -> bool {
         if self.inner.rows.get(&key).is_some_and(|old| **old == value) {
             return false;
         }
         self.inner.rows.insert(key.clone(), Arc::new(value));
-        self.mark(&key);
+        self.mark(&key, since);
         true
     }
 
@@ -69,7 +77,7 @@ impl<K: Key, V: PartialEq + Send + Sync + 'static> Table<K, V> {
     pub fn remove(&self, key: &K) -> bool {
         let removed = self.inner.rows.remove(key).is_some();
         if removed {
-            self.mark(key);
+            self.mark(key, Instant::now());
         }
         removed
     }
@@ -123,14 +131,18 @@ impl<K: Key, V: PartialEq + Send + Sync + 'static> Table<K, V> {
             Arc::new(Mailbox { dirty: Mutex::default(), woken: AtomicBool::new(false), wake: Box::new(wake) });
         lock(&self.inner.subscribers).push(Arc::downgrade(&mailbox));
         // After registering, so that a key written meanwhile is in at least one of the two.
-        lock(&mailbox.dirty).extend(self.keys());
+        let now = Instant::now();
+        lock(&mailbox.dirty).extend(self.keys().into_iter().map(|key| (key, now)));
         mailbox.wake();
         Subscription { table: self.clone(), mailbox }
     }
 
-    fn mark(&self, key: &K) {
+    fn mark(&self, key: &K, since: Instant) {
         self.each_mailbox(|mailbox| {
-            lock(&mailbox.dirty).insert(key.clone());
+            let mut dirty = lock(&mailbox.dirty);
+            let oldest = dirty.entry(key.clone()).or_insert(since);
+            *oldest = since.min(*oldest);
+            drop(dirty);
             mailbox.wake();
         });
     }
@@ -169,17 +181,33 @@ pub struct Subscription<K, V> {
 impl<K: Key, V: PartialEq + Send + Sync + 'static> Subscription<K, V> {
     /// The keys that changed since the last call, with their latest values (`None`: removed), sorted by key.
     pub fn take(&self) -> Vec<(K, Option<Arc<V>>)> {
+        self.take_since().into_iter().map(|(key, value, _)| (key, value)).collect()
+    }
+
+    /// [`Self::take`], and since when the oldest change of each key has been waiting.
+    pub fn take_since(&self) -> Vec<(K, Option<Arc<V>>, Instant)> {
         // First the flag: a write after this line wakes again.
         self.mailbox.woken.store(false, Ordering::Release);
         let dirty = std::mem::take(&mut *lock(&self.mailbox.dirty));
-        let mut changes: Vec<_> = dirty.into_iter().map(|key| (key.clone(), self.table.get(&key))).collect();
+        let mut changes: Vec<_> = dirty
+            .into_iter()
+            .map(|(key, since)| {
+                let value = self.table.get(&key);
+                (key, value, since)
+            })
+            .collect();
         changes.sort_by(|a, b| a.0.cmp(&b.0));
         changes
     }
 
     /// Makes every key count as changed again, without waking.
     pub fn mark_all(&self) {
-        lock(&self.mailbox.dirty).extend(self.table.keys());
+        let now = Instant::now();
+        let keys = self.table.keys();
+        let mut dirty = lock(&self.mailbox.dirty);
+        for key in keys {
+            dirty.entry(key).or_insert(now);
+        }
     }
 
     /// The table that this subscription is of.

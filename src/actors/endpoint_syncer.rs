@@ -8,7 +8,8 @@
 //! A change of one slice recompiles one Service: its cost is that Service's endpoints, whatever else exists.
 //! Deliberately absent: knowledge of maps.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 use kinesin_core::devices::node_port_addresses;
 use kinesin_core::objects::{EndpointSlice, Node, ObjectKey, Service};
@@ -69,8 +70,8 @@ impl Actor for EndpointSyncer {
     async fn handle(&mut self, EndpointSyncerMsg::Wake: EndpointSyncerMsg) -> Result<(), Failure> {
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
         let complete = self.world.services.is_complete() && self.world.slices.is_complete();
-        for key in self.dirty() {
-            self.compile(&key);
+        for (key, since) in self.dirty() {
+            self.compile(&key, since);
         }
         gauge!("kinesin_services").set(self.compiled.len() as f64);
         if complete {
@@ -81,17 +82,22 @@ impl Actor for EndpointSyncer {
 }
 
 impl EndpointSyncer {
-    /// The services that the changes since the last call concern.
-    fn dirty(&mut self) -> BTreeSet<ServiceKey> {
+    /// The services that the changes since the last call concern, each with the time of the oldest of its changes.
+    fn dirty(&mut self) -> BTreeMap<ServiceKey, Instant> {
         if self.context_changed() {
             self.services.mark_all();
         }
-        let mut dirty: BTreeSet<_> = self.services.take().into_iter().map(|(key, _)| key).collect();
-        for (key, slice) in self.slices.take() {
-            dirty.extend(match slice {
+        let mut dirty: BTreeMap<_, _> =
+            self.services.take_since().into_iter().map(|(key, _, since)| (key, since)).collect();
+        for (key, slice, since) in self.slices.take_since() {
+            let services = match slice {
                 Some(slice) => self.index.upsert(slice),
                 None => self.index.remove(&key).into_iter().collect(),
-            });
+            };
+            for service in services {
+                let oldest = dirty.entry(service).or_insert(since);
+                *oldest = since.min(*oldest);
+            }
         }
         dirty
     }
@@ -111,7 +117,7 @@ impl EndpointSyncer {
         changed
     }
 
-    fn compile(&self, key: &ServiceKey) {
+    fn compile(&self, key: &ServiceKey, since: Instant) {
         let Some(service) = self.world.services.get(key) else {
             if self.compiled.remove(key) {
                 counter!("kinesin_services_events_total", "action" => "delete").increment(1);
@@ -119,7 +125,7 @@ impl EndpointSyncer {
             return;
         };
         let compiled = services::compile(&service, self.index.slices(key), &self.context);
-        if self.compiled.put(key.clone(), compiled) {
+        if self.compiled.put_since(key.clone(), compiled, since) {
             counter!("kinesin_services_events_total", "action" => "update").increment(1);
         }
     }

@@ -128,9 +128,9 @@ impl MapWriter {
         let begun = Instant::now();
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
         let complete = self.world.compiled.is_complete();
-        let changes = self.compiled.take();
+        let changes = self.compiled.take_since();
         let mut plans = Vec::new();
-        for (key, compiled) in &changes {
+        for (key, compiled, _) in &changes {
             match compiled {
                 Some(compiled) => self.plan(key, compiled, &mut plans),
                 None => {
@@ -139,7 +139,7 @@ impl MapWriter {
                 }
             }
         }
-        if changes.iter().any(|(_, compiled)| compiled.is_none()) {
+        if changes.iter().any(|(_, compiled, _)| compiled.is_none()) {
             self.retry_refused(&mut plans);
         }
         let first = complete && !self.pruned;
@@ -149,6 +149,13 @@ impl MapWriter {
         let written = self.apply(store, in_phases(plans), "sync").await;
         self.publish_refused();
         histogram!("kinesin_map_sync_seconds").record(begun.elapsed());
+        // The first load says nothing about how quickly a change arrives.
+        if written && self.pruned {
+            let done = Instant::now();
+            for (_, _, since) in &changes {
+                histogram!("kinesin_endpoint_to_map_seconds").record(done.duration_since(*since));
+            }
+        }
         if first && written {
             self.pruned = true;
             let stats = self.planner.stats();

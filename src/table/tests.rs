@@ -113,3 +113,20 @@ fn no_change_is_lost_between_a_writer_and_a_reader() {
     }
     writer.join().unwrap();
 }
+
+#[test]
+fn a_change_is_as_old_as_the_oldest_of_its_causes() {
+    let (first, second) = (Table::default(), Table::default());
+    let ((of_first, _), (of_second, _)) = (counted(&first), counted(&second));
+    let before = Instant::now();
+    first.put(1, "a");
+    let between = Instant::now();
+    first.put(1, "b");
+    let (_, _, since) = of_first.take_since()[0];
+    assert!(before <= since && since <= between);
+    // What follows from it carries its age along.
+    second.put_since(1, "c", since);
+    assert_eq!(of_second.take_since(), [(1, Some(Arc::new("c")), since)]);
+    of_second.mark_all();
+    assert!(of_second.take_since()[0].2 > between);
+}
