@@ -178,6 +178,7 @@ impl Membership {
             since: self.since.clone(),
             devices: live.map(|device| device.name.clone()).collect(),
             claims: claims.to_vec(),
+            gone: self.tracker.gone(),
             draining: false,
         };
         let name = SmolStr::from(lease_name(&self.world.node));
@@ -218,8 +219,13 @@ impl Membership {
 
     fn publish(&mut self) {
         let now = clock::now();
-        for change in self.tracker.expire(now) {
+        let expired = self.tracker.expire(now);
+        for change in &expired {
             tracing::warn!(?change, "presence ran out");
+        }
+        if !expired.is_empty() {
+            // So that a restart does not take their last words for news.
+            self.write();
         }
         let members = self.tracker.alive(now);
         gauge!("kinesin_members").set(members.records.len() as f64);
