@@ -17,7 +17,7 @@ use kinesin_core::presence::{ANNOTATION, Record, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
-use super::leader_elector::timing;
+use super::leader_elector::{in_time, timing};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::clock;
@@ -145,7 +145,7 @@ impl Membership {
             }
         }
         if !unreadable.is_empty() {
-            self.world.problems.set("presence", unreadable);
+            self.world.problems.set("presence records", unreadable);
         }
     }
 
@@ -162,9 +162,10 @@ impl Membership {
         }
         (self.writing, self.stale) = (true, false);
         let lease = self.lease(&claims);
+        let deadline = timing(&self.world.config()).sanitised().0.renew_deadline;
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = put(&*source, lease).await.map(Box::new);
+            let result = in_time(deadline, put(&*source, lease)).await;
             me.cast(MembershipMsg::Written(result));
         });
     }
