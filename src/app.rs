@@ -133,7 +133,6 @@ fn tree(
             Child::actor::<$actor>(&Address::new($name), move || WatcherArgs {
                 events: source.$stream(),
                 table: world.$table.clone(),
-                problems: world.problems.clone(),
             })
         }};
     }

@@ -304,7 +304,10 @@ impl Slots {
         if failures > max_restarts {
             tracing::error!(actor = child, failures, error = why, "fails too often: escalating");
             self.stop(0..self.slots.len()).await;
-            return Err(Box::new(TooManyRestarts { child, failures, within, last: why }));
+            let error = TooManyRestarts { child, failures, within, last: why };
+            // The root has no supervisor to note it: the process says it as its last words.
+            self.stats.failed(error.to_string());
+            return Err(Box::new(error));
         }
         let delay = backoff.delay(failures, rand::random());
         tracing::warn!(actor = child, cause = cause.as_str(), error = why, ?delay, "restarting");

@@ -118,12 +118,14 @@ impl<K: Key, V: PartialEq + Send + Sync + 'static> Table<K, V> {
     /// re-list replaces rows without ever showing a partial table.
     pub fn set_complete(&self) {
         if !self.inner.complete.swap(true, Ordering::AcqRel) {
-            self.each_mailbox(Mailbox::wake);
+            // Whatever is on its way already: a consumer may have looked at [`Self::is_complete`] and not yet taken the
+            // changes, and this comes only once.
+            self.each_mailbox(Mailbox::wake_again);
         }
     }
 
     /// Subscribes; every existing key counts as changed. `wake` is called from the writer's thread, at most once
-    /// between two calls of [`Subscription::take`]: it must only pass on the hint.
+    /// between two calls of [`Subscription::take`] and once more for completeness: it must only pass on the hint.
     pub fn subscribe(&self, wake: impl Fn() + Send + Sync + 'static) -> Subscription<K, V> {
         let mailbox =
             Arc::new(Mailbox { dirty: Mutex::default(), woken: AtomicBool::new(false), wake: Box::new(wake) });
@@ -162,6 +164,11 @@ impl<K> Mailbox<K> {
         if !self.woken.swap(true, Ordering::AcqRel) {
             (self.wake)();
         }
+    }
+
+    fn wake_again(&self) {
+        self.woken.store(true, Ordering::Release);
+        (self.wake)();
     }
 }
 

@@ -6,5 +6,17 @@
 #[path = "chaos/rig.rs"]
 mod rig;
 
+#[path = "chaos/actors.rs"]
+mod actors;
 #[path = "chaos/agents.rs"]
 mod agents;
+#[path = "chaos/escalation.rs"]
+mod escalation;
+#[path = "chaos/input.rs"]
+mod input;
+#[path = "chaos/power.rs"]
+mod power;
+#[path = "chaos/tampering.rs"]
+mod tampering;
+#[path = "chaos/upgrade.rs"]
+mod upgrade;

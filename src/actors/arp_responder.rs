@@ -86,10 +86,13 @@ impl Actor for ArpResponder {
             self.beat = Some(self.me.cast_after(self.world.config().l2.liveness_interval, ArpResponderMsg::Beat));
             return Ok(());
         };
+        // What is no longer to be answered goes before a sign of life revives it.
+        self.sync(&*store)?;
         if let ArpResponderMsg::Beat = message {
             self.beat(&*store)?;
+            self.sync(&*store)?;
         }
-        self.sync(&*store)
+        Ok(())
     }
 }
 
@@ -97,9 +100,22 @@ impl ArpResponder {
     /// Refreshes the sign of life, and looks whether somebody removed what should be answered.
     fn beat(&mut self, store: &dyn MapStore) -> Result<(), Failure> {
         let config = self.world.config();
-        let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2.lease_duration);
-        let alive_for = u64::try_from(alive_for.as_nanos()).unwrap_or(u64::MAX);
-        update_settings(store, |settings| (settings.alive_at, settings.alive_for) = (alive_at, alive_for))?;
+        // Presence is renewed every third of the lease, so that the last renewal of an agent that dies may be that old: the
+        // others take over two thirds after its death at the earliest, and nobody else may answer by then.
+        let alive_at = clock::monotonic_nanos();
+        let alive_for = match self.is_alone() {
+            true => u64::MAX,
+            false => u64::try_from((config.l2.lease_duration * 2 / 3).as_nanos()).unwrap_or(u64::MAX),
+        };
+        // Programs that have fallen silent may hold addresses that another node has taken over: they stay silent until
+        // vip_owner has decided (R53). Those that still answer go on.
+        let decided = self.answered.table().is_complete();
+        update_settings(store, |settings| {
+            let silent = alive_at.saturating_sub(settings.alive_at) > settings.alive_for;
+            if decided || !silent {
+                (settings.alive_at, settings.alive_for) = (alive_at, alive_for);
+            }
+        })?;
         let entries = store.read_l2()?;
         let replies: u64 = entries.iter().map(|(_, value)| value.responses_sent).sum();
         gauge!("kinesin_l2_replies").set(replies as f64);
@@ -112,6 +128,15 @@ impl ArpResponder {
         }
         self.beat = Some(self.me.cast_after(config.l2.liveness_interval, ArpResponderMsg::Beat));
         Ok(())
+    }
+
+    /// Nobody could take over: a cluster of one node never falls silent.
+    fn is_alone(&self) -> bool {
+        let others =
+            |live: &crate::world::LiveMembers| live.members.records.keys().any(|node| *node != self.world.node);
+        self.world.nodes.is_complete()
+            && self.world.nodes.len() <= 1
+            && self.world.members.get().is_none_or(|live| !others(&live))
     }
 
     fn sync(&mut self, store: &dyn MapStore) -> Result<(), Failure> {

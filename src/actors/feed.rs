@@ -2,6 +2,9 @@
 //!
 //! The stream is applied by a task of the watcher, not through its mailbox: a list of 5,000 objects is 5,000 table writes
 //! and one message. The task dies with the actor, and tells it when it ends by itself.
+//!
+//! Deliberately absent: a list of what is wrong with the input. The source keeps it, because only the source knows when
+//! something is right again; here it is logged.
 
 use futures::StreamExt;
 use kinesin_core::objects::{Object, ObjectKey};
@@ -11,7 +14,6 @@ use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label};
 use crate::source::{Event, Events};
 use crate::table::{Listing, Table};
-use crate::world::Problems;
 
 /// What a watcher hears from its stream.
 pub enum WatcherMsg {
@@ -36,7 +38,6 @@ impl Label for WatcherMsg {
 /// Follows one kind of object.
 pub struct Watcher<T: Object> {
     table: Table<ObjectKey, T>,
-    problems: Problems,
     pump: tokio::task::JoinHandle<()>,
 }
 
@@ -46,8 +47,6 @@ pub struct WatcherArgs<T: Object> {
     pub events: Events<T>,
     /// Written by this watcher alone.
     pub table: Table<ObjectKey, T>,
-    /// Where unreadable objects are reported.
-    pub problems: Problems,
 }
 
 impl<T: Object> Actor for Watcher<T> {
@@ -55,18 +54,17 @@ impl<T: Object> Actor for Watcher<T> {
     type Args = WatcherArgs<T>;
 
     async fn start(args: Self::Args, me: Address<WatcherMsg>) -> Result<Self, Failure> {
-        let WatcherArgs { events, table, problems } = args;
+        let WatcherArgs { events, table } = args;
         let pump = tokio::spawn(pump(events, table.clone(), me));
-        Ok(Self { table, problems, pump })
+        Ok(Self { table, pump })
     }
 
     async fn handle(&mut self, message: WatcherMsg) -> Result<(), Failure> {
         match message {
             WatcherMsg::Listed => {
                 tracing::info!(kind = T::KIND, objects = self.table.len(), "list complete");
-                self.problems.clear(T::KIND);
             }
-            WatcherMsg::Problem(problem) => self.problems.report(T::KIND, problem),
+            WatcherMsg::Problem(problem) => tracing::warn!(kind = T::KIND, problem, "problem"),
             WatcherMsg::Ended => anyhow::bail!("the stream of {} ended", T::PLURAL),
         }
         Ok(())

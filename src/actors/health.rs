@@ -11,6 +11,7 @@ use std::future::{Future, pending};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use anyhow::Context;
 use tokio::task::JoinHandle;
 
 use crate::actor::{Actor, Failure};
@@ -94,7 +95,8 @@ impl Health {
             return Ok(());
         }
         self.close().await;
-        let socket = AdminSocket::bind(&wanted.socket)?;
+        let socket = AdminSocket::bind(&wanted.socket)
+            .with_context(|| format!("open the admin socket {} (socket-path)", wanted.socket.display()))?;
         self.serve("admin socket", socket.serve(self.api.clone(), pending()));
         // A port that is taken must not take the socket down with it.
         let mut problems = Vec::new();

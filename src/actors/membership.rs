@@ -17,7 +17,7 @@ use kinesin_core::presence::{ANNOTATION, Record, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
-use super::leader_elector::timing;
+use super::leader_elector::{in_time, timing};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::clock;
@@ -35,7 +35,7 @@ pub enum MembershipMsg {
     /// Somebody's presence may have run out.
     Alarm,
     /// A write has ended.
-    Written(Result<Lease, WriteError>),
+    Written(Result<Box<Lease>, WriteError>),
 }
 
 impl Label for MembershipMsg {
@@ -58,6 +58,8 @@ pub struct Membership {
     claims: Follower<Vec<IpAddr>>,
     devices: Follower<Devices>,
     tracker: Tracker,
+    /// The Leases that the tracker knows are all there are.
+    settled: bool,
     instance: SmolStr,
     since: SmolStr,
     acquired: Option<SmolStr>,
@@ -82,6 +84,7 @@ impl Actor for Membership {
             claims: world.claims.follow(wake.clone()),
             devices: world.devices.follow(wake),
             tracker: Tracker::new(world.node.clone()),
+            settled: false,
             instance: format!("{:08x}", rand::random::<u32>()).into(),
             since: clock::micro_time(),
             acquired: None,
@@ -125,6 +128,8 @@ impl Actor for Membership {
 impl Membership {
     fn observe(&mut self) {
         let now = clock::now();
+        // Read before the changes are taken: a list that is completed meanwhile comes with its own wake-up.
+        self.settled = self.world.leases.is_complete();
         let mut unreadable = Vec::new();
         for (key, lease) in self.leases.take() {
             let Some(lease) = lease else {
@@ -140,7 +145,7 @@ impl Membership {
             }
         }
         if !unreadable.is_empty() {
-            self.world.problems.set("presence", unreadable);
+            self.world.problems.set("presence records", unreadable);
         }
     }
 
@@ -157,9 +162,10 @@ impl Membership {
         }
         (self.writing, self.stale) = (true, false);
         let lease = self.lease(&claims);
+        let deadline = timing(&self.world.config()).sanitised().0.renew_deadline;
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = put(&*source, lease).await;
+            let result = in_time(deadline, put(&*source, lease)).await;
             me.cast(MembershipMsg::Written(result));
         });
     }
@@ -173,6 +179,7 @@ impl Membership {
             since: self.since.clone(),
             devices: live.map(|device| device.name.clone()).collect(),
             claims: claims.to_vec(),
+            gone: self.tracker.gone(),
             draining: false,
         };
         let name = SmolStr::from(lease_name(&self.world.node));
@@ -195,16 +202,14 @@ impl Membership {
         }
     }
 
-    fn written(&mut self, result: Result<Lease, WriteError>) {
+    fn written(&mut self, result: Result<Box<Lease>, WriteError>) {
         self.writing = false;
         match result {
             Ok(lease) => {
                 self.world.problems.clear("presence");
-                // Sooner than the watch.
-                self.version = lease.metadata.resource_version.clone();
-                if let Err(error) = self.tracker.observe(&lease, clock::now()) {
-                    self.world.problems.set("presence", vec![error.to_string()]);
-                }
+                // Sooner than the watch. Only the version: as a sign of life it would vouch for a watch that may be broken
+                // while writes go through, and the others would be declared dead.
+                self.version = lease.metadata.resource_version;
             }
             Err(error) => self.world.problems.set("presence", vec![error.to_string()]),
         }
@@ -215,13 +220,17 @@ impl Membership {
 
     fn publish(&mut self) {
         let now = clock::now();
-        for change in self.tracker.expire(now) {
+        let expired = self.tracker.expire(now);
+        for change in &expired {
             tracing::warn!(?change, "presence ran out");
+        }
+        if !expired.is_empty() {
+            // So that a restart does not take their last words for news.
+            self.write();
         }
         let members = self.tracker.alive(now);
         gauge!("kinesin_members").set(members.records.len() as f64);
-        let settled = self.world.leases.is_complete();
-        self.world.members.set(LiveMembers { members, settled });
+        self.world.members.set(LiveMembers { members, settled: self.settled });
         self.alarm = self.tracker.next_deadline(now).map(|at| {
             let delay = at.saturating_duration_since(now) + std::time::Duration::from_millis(1);
             self.me.cast_after(delay, MembershipMsg::Alarm)

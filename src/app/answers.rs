@@ -9,7 +9,7 @@ use std::time::Instant;
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
 use kinesin_core::services::{self, FrontendView};
-use metrics::counter;
+use metrics::{counter, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::{objects, trees};
@@ -155,6 +155,7 @@ impl Answers {
         let listed = self.world.problems.all().into_iter();
         let mut lines: Vec<_> =
             listed.flat_map(|(area, texts)| texts.into_iter().map(move |text| format!("{area}: {text}"))).collect();
+        lines.extend(self.source.health().problems.into_iter().map(|text| format!("source: {text}")));
         for (key, compiled) in self.world.compiled.rows() {
             lines.extend(compiled.problems.iter().map(|problem| format!("Service {key}: {problem}")));
         }
@@ -186,6 +187,7 @@ impl Answers {
     }
 
     fn export(&self) {
+        gauge!("kinesin_problems", "area" => "source").set(self.source.health().problems.len() as f64);
         let Some(handle) = self.world.maps.get() else { return };
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_lowercase();

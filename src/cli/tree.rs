@@ -31,6 +31,7 @@ pub(super) fn run(args: &Args) -> Result<(), CliError> {
         if !args.watch {
             return Ok(());
         }
+        #[expect(clippy::disallowed_methods, reason = "a command without a runtime, waiting for its next look")]
         std::thread::sleep(Duration::from_secs(1));
     }
 }

@@ -256,7 +256,7 @@ pub static KEYS: &[KeyDef] = &[
         "l2-announcements-lease-duration",
         "15s",
         Kind::Duration(|c| &mut c.l2.lease_duration),
-        "How long a node counts as present after its last sign of life, and its programs go on answering.",
+        "How long a node counts as present after its last sign of life; its programs go on answering for two thirds of it.",
     ),
     live(
         L2,

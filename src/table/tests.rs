@@ -37,6 +37,17 @@ fn a_burst_on_one_key_is_one_change_and_one_wake_up() {
 }
 
 #[test]
+fn who_looked_before_the_table_was_complete_is_woken_although_a_wake_up_is_pending() {
+    let table: Table<u32, &'static str> = Table::default();
+    let (subscription, wakes) = counted(&table);
+    // A consumer that was woken looks, and takes the changes a moment later.
+    assert!(!table.is_complete());
+    table.set_complete();
+    subscription.take();
+    assert_eq!(wakes.load(Ordering::Relaxed), 2);
+}
+
+#[test]
 fn an_equal_value_wakes_nobody() {
     let table = Table::default();
     table.put(1, "a");

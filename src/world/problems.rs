@@ -12,20 +12,6 @@ pub struct Problems(Table<&'static str, Vec<String>>);
 const PER_AREA: usize = 32;
 
 impl Problems {
-    /// Adds a problem to an area, once.
-    pub fn report(&self, area: &'static str, text: String) {
-        let mut texts = self.of(area);
-        if texts.contains(&text) {
-            return;
-        }
-        tracing::warn!(area, problem = text, "problem");
-        if texts.len() >= PER_AREA {
-            texts.remove(0);
-        }
-        texts.push(text);
-        self.store(area, texts);
-    }
-
     /// Replaces an area's problems; logs those that are new and notes when there are none left.
     pub fn set(&self, area: &'static str, texts: Vec<String>) {
         let before = self.of(area);

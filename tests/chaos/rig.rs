@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kinesin::admin::views::{NodeState, StatusView, TreeView};
@@ -336,5 +337,59 @@ pub(crate) async fn eventually_or(what: &str, mut condition: impl AsyncFnMut() -
     while let Err(last) = condition().await {
         assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}; last: {last}");
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A witness on the LAN who asks for the address without a pause.
+pub(crate) struct Wire {
+    task: tokio::task::JoinHandle<()>,
+    heard: Arc<Mutex<Vec<Heard>>>,
+}
+
+/// When somebody was asked for, and the numbers of the nodes that answered.
+pub(crate) type Heard = (Instant, Vec<usize>);
+
+impl Rig {
+    pub(crate) fn watch_wire(&self) -> Wire {
+        let (client, vip) = (self.lab.client().clone(), self.vip);
+        let nodes = self.lab.nodes().to_vec();
+        let heard = Arc::<Mutex<Vec<_>>>::default();
+        let task = tokio::spawn({
+            let heard = heard.clone();
+            async move {
+                let mut macs = BTreeMap::new();
+                for node in &nodes {
+                    macs.insert(node.mac().await.unwrap(), node.number());
+                }
+                loop {
+                    let at = Instant::now();
+                    let answers = client.arp_probe_within(vip, Duration::from_millis(100)).await.unwrap();
+                    let mut numbers: Vec<usize> = answers.iter().map(|mac| macs[mac]).collect();
+                    numbers.sort_unstable();
+                    heard.lock().unwrap().push((at, numbers));
+                }
+            }
+        });
+        Wire { task, heard }
+    }
+}
+
+impl Wire {
+    /// Waits until the witness has heard exactly this node.
+    pub(crate) async fn hears(&self, number: usize) {
+        eventually("the witness hears the owner", async || {
+            self.heard.lock().unwrap().last().is_some_and(|(_, answering)| *answering == [number])
+        })
+        .await;
+    }
+
+    /// Ends it: when somebody was asked for, and the numbers of the nodes that answered. Changes only.
+    pub(crate) async fn stop(self) -> Vec<Heard> {
+        self.task.abort();
+        let ended = self.task.await;
+        assert!(ended.is_err_and(|error| error.is_cancelled()), "the witness heard somebody unknown");
+        let mut heard = std::mem::take(&mut *self.heard.lock().unwrap());
+        heard.dedup_by(|later, earlier| later.1 == earlier.1);
+        heard
     }
 }

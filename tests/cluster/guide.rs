@@ -32,7 +32,7 @@ async fn the_guides_pool_and_policy_applied_as_they_stand_give_a_service_an_addr
         .until("the pool's counters", async || {
             let object = cluster.read(&pool);
             let count = |name: &str| message_of(&object, name).unwrap_or_default();
-            let counts = ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(|name| count(name));
+            let counts = ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(count);
             if counts == ["101", "100", "1"] { Ok(()) } else { Err(format!("{counts:?}")) }
         })
         .await;
@@ -48,6 +48,16 @@ async fn the_guides_pool_and_policy_applied_as_they_stand_give_a_service_an_addr
     let entries: Vec<_> = table.iter().filter(|entry| entry.address == IpAddr::from(FIRST)).collect();
     assert_eq!(entries.len(), 1, "{table:?}");
     assert_eq!(entries[0].mac, Some(mac));
+
+    // With the rights that are shipped nothing was refused, and nothing of the start is left to complain of.
+    for number in cluster.running() {
+        cluster
+            .until("no problems", async || match &cluster.ask(number, &["status"])?["problems"] {
+                Value::Array(problems) if problems.is_empty() => Ok(()),
+                problems => Err(format!("node-{number}: {problems}")),
+            })
+            .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

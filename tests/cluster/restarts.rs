@@ -68,7 +68,6 @@ async fn r47_r14_all_agents_restarted_at_once_never_make_a_second_owner_and_ever
     let names = ["a", "b", "c", "d"];
     for name in names {
         cluster.apply(&web(name, &cluster.lab.pods()));
-        let (_, _) = (name, ());
     }
     let addresses = cluster
         .until("an address each", async || {

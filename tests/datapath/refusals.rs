@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use kinesin::datapath::MapStore;
-use kinesin_abi::{Direction, DropReason, proto};
+use kinesin_abi::{Direction, DropReason, FrontendKind, frontend_flags, proto};
 use kinesin_core::plan::Op;
 
 use crate::packets::{ACK, IP, L4, SYN, checksum, ends, ipv4, packet, seal_ip, tcp, udp};
@@ -26,6 +26,8 @@ fn assert_port_unreachable(out: &[u8], quoted: &[u8]) {
 fn a_service_without_backends_refuses_at_once() {
     isolated(|| {
         let mut rig = Rig::new();
+        // An empty set has no slots: the one at its base is another service's.
+        rig.maps.apply(&[Op::Slot(0, LOCAL_ID)]).unwrap();
         for (n, sent) in [
             tcp((CLIENT, 40_000), (VIP, TO_NOBODY), SYN),
             udp((CLIENT, 40_000), (VIP, TO_NOBODY), b""),
@@ -41,6 +43,19 @@ fn a_service_without_backends_refuses_at_once() {
             assert_eq!(rig.dropped(DropReason::NoBackend, Direction::Ingress), n as u64 + 1);
         }
         assert_eq!(rig.maps.forwarded().unwrap()[0].1.packets, 0);
+    });
+}
+
+#[test]
+fn a_maglev_service_without_backends_does_not_use_the_table_of_another() {
+    isolated(|| {
+        let mut rig = Rig::new();
+        let flags = frontend_flags::ROUTABLE | frontend_flags::MAGLEV;
+        let nobody = value(FrontendKind::LoadBalancer, flags, LOCAL_ID, 0);
+        rig.maps.apply(&[Op::PutFrontend(frontend(VIP, TO_NOBODY, proto::TCP), nobody)]).unwrap();
+        let sent = tcp((CLIENT, 40_000), (VIP, TO_NOBODY), SYN);
+        let (_, out) = rig.ingress(&sent);
+        assert_port_unreachable(&out, &sent[IP..]);
     });
 }
 

@@ -55,6 +55,10 @@ pub fn backend(id: BackendId) -> Option<&'static Backend> {
 /// Chooses from a set at random.
 #[inline(always)]
 pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
+    // An empty set has no slots of its own: its base is another set's.
+    if set.count == 0 {
+        return None;
+    }
     let mut slot = random_below(set.count);
     for attempt in 0..TRIES {
         if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot))
@@ -75,7 +79,7 @@ pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
 #[inline(always)]
 pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<(BackendId, &'static Backend)> {
     let set = frontend.external;
-    if frontend.flags & frontend_flags::MAGLEV != 0 {
+    if frontend.flags & frontend_flags::MAGLEV != 0 && set.count != 0 {
         let seed = settings().map_or(0, |settings| settings.maglev_seed);
         // SAFETY: the table is an array, whose element stays in place.
         if let Some(table) = unsafe { MAGLEV.get_value(&set.base, &0) } {

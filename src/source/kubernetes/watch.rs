@@ -58,6 +58,8 @@ struct Watcher<T> {
     streaming: bool,
     queue: VecDeque<Event<T>>,
     failures: u32,
+    /// The last failure was that nobody answered.
+    unreachable: bool,
     told: Option<String>,
     broken: BTreeSet<ObjectKey>,
     buffer: Vec<u8>,
@@ -80,6 +82,7 @@ pub(super) fn events<T: Kind>(shared: Arc<Shared>, path: String, labels: Option<
         streaming: true,
         queue: VecDeque::new(),
         failures: 0,
+        unreachable: false,
         told: None,
         broken: BTreeSet::new(),
         buffer: Vec::new(),
@@ -351,6 +354,12 @@ impl<T: Kind> Watcher<T> {
 
     /// Says what is wrong (once), then waits, then goes on with `phase`.
     fn retry(&mut self, error: CallError, phase: Phase) -> Phase {
+        // A server that answers again after an outage says no for a moment (its authorizer and caches are still empty):
+        // how long it was away must not count against that.
+        let unreachable = matches!(error, CallError::Transport(_));
+        if std::mem::replace(&mut self.unreachable, unreachable) && !unreachable {
+            self.failures = 0;
+        }
         let (text, wait, any_success_helps) = match &error {
             CallError::Answer(status) if status.code == 404 => {
                 let text = format!("{}: not served at {}; is its CRD installed?", T::KIND, self.path);
