@@ -159,6 +159,29 @@ fn a_syn_after_a_reset_or_both_fins_is_a_new_connection() {
 }
 
 #[test]
+fn a_direct_connection_from_a_port_once_used_through_a_service_keeps_the_pods_address() {
+    isolated(|| {
+        let mut rig = Rig::new();
+        let (_, out) = rig.ingress(&tcp((CLIENT, 40_000), (VIP, TO_LOCAL), SYN));
+        let (client, pod) = ends(&out);
+        for (from_client, flags) in [(false, SYN | ACK), (true, FIN | ACK), (false, FIN | ACK)] {
+            if from_client {
+                rig.ingress(&tcp((CLIENT, 40_000), (VIP, TO_LOCAL), flags));
+            } else {
+                assert_eq!(ends(&rig.egress(&tcp(pod, client, flags)).1).0, (VIP, TO_LOCAL));
+            }
+        }
+        // The client's SYN to the pod itself is none of ours, and neither is the answer.
+        assert_eq!(ends(&rig.ingress(&tcp(client, pod, SYN)).1), (client, pod));
+        assert_eq!(ends(&rig.egress(&tcp(pod, client, SYN | ACK)).1), (pod, client));
+        // Through the service again, both are.
+        let (_, again) = rig.ingress(&tcp((CLIENT, 40_000), (VIP, TO_LOCAL), SYN));
+        let (client, pod) = ends(&again);
+        assert_eq!(ends(&rig.egress(&tcp(pod, client, SYN | ACK)).1).0, (VIP, TO_LOCAL));
+    });
+}
+
+#[test]
 fn a_udp_flow_leaves_a_backend_that_is_gone_or_serves_no_more() {
     isolated(|| {
         let mut rig = Rig::new();

@@ -12,7 +12,7 @@ use kinesin_abi::{
 use crate::{
     lookup,
     maps::FLOWS,
-    packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+    packet::{Packet, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -31,13 +31,12 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
     let flow = FLOWS.get_ptr_mut(&packet.flow)?;
     // SAFETY: points into the map; other CPUs write only `last_seen` and `tcp` meanwhile, which are advisory.
     let flow = unsafe { &mut *flow };
-    if flow.flags & FLOW_REPLY != 0 {
-        return Some(flow);
-    }
+    // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client has
+    // opened to the pod itself, from a port that it once reached it from through us.
     let past = if packet.flow.proto == proto::TCP {
-        packet.tcp & (TCP_SYN | TCP_ACK) == TCP_SYN && closed(flow.tcp)
+        packet.tcp & TCP_SYN != 0 && closed(flow.tcp)
     } else {
-        !serves(flow)
+        flow.flags & FLOW_REPLY == 0 && !serves(flow)
     };
     if past { None } else { Some(flow) }
 }
