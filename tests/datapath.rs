@@ -4,6 +4,8 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 
+#[path = "datapath/affinity.rs"]
+mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
 #[path = "datapath/flows.rs"]

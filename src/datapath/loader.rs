@@ -61,6 +61,8 @@ pub struct MapSizes {
     pub flows: u32,
     /// Translated sockets.
     pub sockets: u32,
+    /// Clients of services with session affinity.
+    pub affinity: u32,
     /// Addresses answered for, per device.
     pub l2: u32,
     /// Devices.
@@ -82,6 +84,7 @@ impl MapSizes {
             "maglev" => Some(self.maglev),
             "flows" => Some(self.flows),
             "sockets" => Some(self.sockets),
+            "affinity" => Some(self.affinity),
             "l2" => Some(self.l2),
             "devices" => Some(self.devices),
             _ => None,
@@ -98,6 +101,7 @@ impl Default for MapSizes {
             maglev: 65_536,
             flows: 131_072,
             sockets: 65_536,
+            affinity: 65_536,
             l2: 4096,
             devices: 256,
         }
@@ -412,7 +416,7 @@ fn shapes(object: &[u8], sizes: &MapSizes) -> Result<Vec<(&'static str, &'static
 
 /// [`TABLES`] as the maps are called.
 const NAMES: [&str; TABLES.len()] =
-    ["FRONTENDS", "SLOTS", "BACKENDS", "MAGLEV", "FLOWS", "SOCKETS", "L2", "DEVICES", "SETTINGS", "DROPS"];
+    ["FRONTENDS", "SLOTS", "BACKENDS", "MAGLEV", "FLOWS", "SOCKETS", "AFFINITY", "L2", "DEVICES", "SETTINGS", "DROPS"];
 
 fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
     let data: &MapData = match ebpf.map(name) {

@@ -29,8 +29,8 @@ pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 10] =
-    ["frontends", "slots", "backends", "maglev", "flows", "sockets", "l2", "devices", "settings", "drops"];
+pub const TABLES: [&str; 11] =
+    ["frontends", "slots", "backends", "maglev", "flows", "sockets", "affinity", "l2", "devices", "settings", "drops"];
 
 /// A table could not be read or written.
 #[derive(Debug, thiserror::Error)]

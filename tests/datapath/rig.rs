@@ -94,6 +94,7 @@ pub(crate) fn small() -> MapSizes {
         maglev: 64,
         flows: 4096,
         sockets: 1024,
+        affinity: 1024,
         l2: 64,
         devices: 16,
     }

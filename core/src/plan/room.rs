@@ -189,6 +189,19 @@ impl Planner {
         true
     }
 
+    /// The members of a set that moves to this block, in the order that they have where it lies now: session affinity
+    /// knows them by their place.
+    pub(super) fn in_known_order(&self, set: &Members, base: u32) -> Vec<BackendId> {
+        let before = set.candidates.first().filter(|_| !set.candidates.contains(&base));
+        let Some(before) = before else { return set.ids.clone() };
+        let places: HashMap<BackendId, usize> =
+            self.image.content(*before).enumerate().map(|(place, id)| (id, place)).collect();
+        let mut members = set.ids.clone();
+        // New ones come last, in their own order.
+        members.sort_by_key(|id| places.get(id).copied().unwrap_or(usize::MAX));
+        members
+    }
+
     fn new_block(&mut self, order: u8, undo: &mut Vec<Taken>) -> Option<u32> {
         let base = self.image.allocator.allocate(order)?;
         self.image.add_block(base, order);

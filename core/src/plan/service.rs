@@ -149,7 +149,8 @@ impl Planner {
         record.short = None;
 
         for (index, base) in &placed {
-            self.image.fill(*base, &sets[index].ids, &mut stages);
+            let members = self.in_known_order(&sets[index], *base);
+            self.image.fill(*base, &members, &mut stages);
             if sets[index].tabled {
                 self.image.put_table(*base, &mut stages);
             }

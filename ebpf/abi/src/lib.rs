@@ -9,6 +9,7 @@
 #![cfg_attr(not(feature = "user"), no_std)]
 
 mod addr;
+mod affinity;
 mod drop;
 mod flow;
 mod hash;
@@ -16,6 +17,7 @@ mod service;
 mod settings;
 
 pub use addr::{Addr, Be16};
+pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
     FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, SocketKey, SocketValue, TCP_SEEN_FIN,

@@ -52,23 +52,32 @@ pub fn backend(id: BackendId) -> Option<&'static Backend> {
     BACKENDS.get(id).filter(|backend| backend.state != BackendState::Free as u8)
 }
 
+/// A member of a set.
+#[derive(Clone, Copy)]
+pub struct Chosen {
+    pub id: BackendId,
+    pub backend: &'static Backend,
+    /// Where in the set it is, as far as is known.
+    pub position: u32,
+}
+
 /// Chooses from a set at random.
 #[inline(always)]
-pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
+pub fn select_random(set: SetRef) -> Option<Chosen> {
     // An empty set has no slots of its own: its base is another set's.
     if set.count == 0 {
         return None;
     }
-    let mut slot = random_below(set.count);
+    let mut position = random_below(set.count);
     for attempt in 0..TRIES {
-        if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot))
+        if let Some(&id) = SLOTS.get(set.base.wrapping_add(position))
             && let Some(backend) = backend(id)
         {
-            return Some((id, backend));
+            return Some(Chosen { id, backend, position });
         }
         // Met a set in the middle of a rewrite: walk from its start.
-        slot = attempt;
-        if slot >= set.count {
+        position = attempt;
+        if position >= set.count {
             break;
         }
     }
@@ -77,17 +86,20 @@ pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
 
 /// Chooses from a set for a packet, by Maglev where the service says so and its table is there.
 #[inline(always)]
-pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<(BackendId, &'static Backend)> {
+pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
     let set = frontend.external;
     if frontend.flags & frontend_flags::MAGLEV != 0 && set.count != 0 {
         let seed = settings().map_or(0, |settings| settings.maglev_seed);
         // SAFETY: the table is an array, whose element stays in place.
         if let Some(table) = unsafe { MAGLEV.get_value(&set.base, &0) } {
-            let index = maglev_index(&flow.src, flow.sport, flow.dport, flow.proto, seed);
+            // With affinity all connections of a client go to one backend, also through a node that does not know the
+            // client yet.
+            let sport = if frontend.flags & frontend_flags::AFFINITY != 0 { Be16::new(0) } else { flow.sport };
+            let index = maglev_index(&flow.src, sport, flow.dport, flow.proto, seed);
             // SAFETY: the index is below the table's size, and the padding lets the verifier see it.
             let id = unsafe { *table.ids.as_ptr().add(index as usize) };
             if let Some(backend) = backend(id) {
-                return Some((id, backend));
+                return Some(Chosen { id, backend, position: 0 });
             }
         }
     }

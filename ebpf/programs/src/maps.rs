@@ -6,8 +6,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use kinesin_abi::{
-    Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key,
-    L2Value, MaglevTable, Settings, SocketKey, SocketValue,
+    AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue,
+    FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings, SocketKey, SocketValue,
 };
 
 use crate::packet::Packet;
@@ -37,6 +37,10 @@ pub static FLOWS: LruHashMap<FlowKey, FlowValue, 131072> = LruHashMap::new();
 /// Translated sockets: what the application asked for.
 #[btf_map]
 pub static SOCKETS: LruHashMap<SocketKey, SocketValue, 65536> = LruHashMap::new();
+
+/// Which backend a client was given, of services with session affinity.
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 65536> = LruHashMap::new();
 
 /// Addresses answered for on the LAN.
 #[btf_map]

@@ -290,3 +290,23 @@ fn a_planned_endpoint_costs_little_memory() {
     assert!(size_of::<BackendEntry>() <= 52);
     assert_eq!(size_of::<Claim>(), 8);
 }
+
+#[test]
+fn members_keep_their_places_when_their_set_moves_so_that_affinity_finds_them() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let places = |maps: &Maps, key: FrontendKey| -> Vec<IpAddr> {
+        let set = maps.frontends[&key].internal;
+        (set.base..set.base + set.count).map(|slot| maps.backends[&maps.slots[&slot]].addr.into()).collect()
+    };
+    let spec = |ip, pods: Vec<Pod>| Spec { ip, ports: vec![80], pods, ..Spec::default() };
+    let at = |ip| frontend([10, 96, 0, ip], 80);
+    update(&mut planner, &mut maps, "a", &spec(1, ups([9, 8, 7, 6])));
+    // Another set lies right behind it, so that it cannot grow where it is.
+    update(&mut planner, &mut maps, "b", &spec(2, ups(1..9)));
+    let before = places(&maps, at(1));
+    let base = maps.frontends[&at(1)].internal.base;
+    let grown = ups(0..12);
+    update(&mut planner, &mut maps, "a", &spec(1, grown));
+    assert_ne!(maps.frontends[&at(1)].internal.base, base, "it moved");
+    assert_eq!(places(&maps, at(1))[..4], before);
+}
