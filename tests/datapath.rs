@@ -16,6 +16,8 @@ mod hooks;
 mod maps;
 #[path = "datapath/packets.rs"]
 mod packets;
+#[path = "datapath/ranges.rs"]
+mod ranges;
 #[path = "datapath/refusals.rs"]
 mod refusals;
 #[path = "datapath/rig.rs"]

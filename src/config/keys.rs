@@ -232,6 +232,13 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "bpf-lb-source-range-all-types",
+        "false",
+        Kind::Bool(|c| &mut c.services.source_range_all_types),
+        "Restrict clients by `loadBalancerSourceRanges` at all addresses of a Service, not only at its load balancer's.",
+    ),
+    live(
+        SERVICES,
         "service-no-backend-response",
         "reject",
         Kind::Choice(|c| &mut c.services.no_backend),

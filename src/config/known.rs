@@ -59,7 +59,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "bpf-lb-service-map-max",
     "bpf-lb-sock-hostns-only",
     "bpf-lb-sock-terminate-pod-connections",
-    "bpf-lb-source-range-all-types",
     "bpf-lb-source-range-map-max",
     "bpf-map-dynamic-size-ratio",
     "bpf-nat-global-max",

@@ -8,7 +8,7 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend};
+use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, ranges};
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
@@ -56,6 +56,9 @@ pub struct NodeContext {
     pub default_lb_ipam: bool,
     /// `bpf-lb-external-clusterip`: ClusterIPs may be reached from outside.
     pub external_cluster_ip: bool,
+    /// `bpf-lb-source-range-all-types`: source ranges restrict all frontends of a Service, not only its load balancer's
+    /// addresses.
+    pub source_range_all_types: bool,
 }
 
 impl Default for NodeContext {
@@ -72,6 +75,7 @@ impl Default for NodeContext {
             proxy_name: SmolStr::default(),
             default_lb_ipam: true,
             external_cluster_ip: false,
+            source_range_all_types: false,
         }
     }
 }
@@ -94,6 +98,9 @@ impl Default for NodeContext {
 /// Each ClusterIP and LoadBalancer address also gets one wildcard frontend (port 0, protocol 0) when the Service's class
 /// is ours: it drops what comes to other ports of the address.
 ///
+/// `spec.loadBalancerSourceRanges` restrict clients outside the cluster at LoadBalancer addresses
+/// ([`Compiled::source_ranges`]). A list without any network serves nobody outside.
+///
 /// When one address and port has several reasons to exist in this Service, the first of the table wins. Nothing here
 /// panics; what cannot be used is left out and named in [`Compiled::problems`]. The result depends on the objects'
 /// content only, not on the order of slices, so equal results mean that nothing has to be written.
@@ -102,8 +109,9 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
         return Compiled::default();
     }
     let slices: Vec<&EndpointSlice> = slices.collect();
-    let mut builder =
-        Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, problems: Problems::default() };
+    let mut problems = Problems::default();
+    let ranges = ranges::source_ranges(service, &mut problems);
+    let mut builder = Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, ranges, problems };
     builder.affinity = builder.affinity_timeout();
     let addresses = builder.addresses();
     for (index, port) in service.spec.ports.iter().enumerate() {
@@ -128,13 +136,13 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
         }
     }
     builder.wildcards(&addresses);
-    if !service.spec.load_balancer_source_ranges.is_empty() && service.spec.kind == ServiceType::LoadBalancer {
-        builder.problems.note(
-            "spec.loadBalancerSourceRanges: not enforced by this version, every client is let in; restrict clients elsewhere"
-                .to_owned(),
-        );
+    let applies = builder.out.values().any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0);
+    Compiled {
+        frontends: builder.out.into_values().collect(),
+        sets: builder.sets,
+        source_ranges: builder.ranges.filter(|_| applies),
+        problems: builder.problems.finish(),
     }
-    Compiled { frontends: builder.out.into_values().collect(), sets: builder.sets, problems: builder.problems.finish() }
 }
 
 /// Whether this proxy programs the Service at all.
@@ -157,6 +165,7 @@ struct Builder<'a> {
     out: BTreeMap<(IpAddr, u16, u8), Frontend>,
     sets: Vec<BackendSet>,
     affinity: u32,
+    ranges: Option<SourceRanges>,
     problems: Problems,
 }
 
@@ -307,6 +316,10 @@ impl Builder<'_> {
         set_if(external_local, flags::EXTERNAL_LOCAL);
         set_if(internal_local, flags::INTERNAL_LOCAL);
         set_if(self.affinity > 0, flags::AFFINITY);
+        let restricted = kind == FrontendKind::LoadBalancer || self.node.source_range_all_types;
+        let ranges = self.ranges.as_ref().filter(|_| restricted);
+        set_if(ranges.is_some(), flags::SOURCE_RANGES);
+        set_if(ranges.is_some_and(|ranges| ranges.deny), flags::SOURCE_RANGES_DENY);
         // Only sockets meet the surrogate addresses, and they choose at random.
         let tabled = self.node.algorithm == Algorithm::Maglev && routable && !addr.is_unspecified();
         set_if(tabled, flags::MAGLEV);

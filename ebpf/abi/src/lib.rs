@@ -13,6 +13,7 @@ mod affinity;
 mod drop;
 mod flow;
 mod hash;
+mod range;
 mod service;
 mod settings;
 
@@ -24,6 +25,9 @@ pub use flow::{
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
 };
 pub use hash::maglev_index;
+pub use range::{
+    SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
+};
 pub use service::{
     BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, SLOT_EMPTY, SetRef,
     frontend_flags,

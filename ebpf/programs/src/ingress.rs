@@ -93,6 +93,9 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     if frontend.flags & frontend_flags::ROUTABLE == 0 {
         return Err(DropReason::IsClusterIp);
     }
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 && !lookup::serves_client(frontend, packet.flow.src) {
+        return Err(DropReason::SourceRange);
+    }
     if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }

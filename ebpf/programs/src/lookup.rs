@@ -1,13 +1,13 @@
 //! Services, settings, devices and counters. With `flows` the only code that touches maps.
 
-use aya_ebpf::helpers::generated as h;
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SocketKey, SocketValue, drop_slot, frontend_flags,
-    maglev_index, proto,
+    FrontendValue, L2Key, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings,
+    SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
 };
 
-use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, SETTINGS, SLOTS, SOCKETS};
+use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, SETTINGS, SLOTS, SOCKETS};
 use crate::packet::Packet;
 
 /// How often a selection tries again when it meets a slot that is being rewritten.
@@ -41,6 +41,18 @@ pub fn frontend(flow: &FlowKey) -> Result<Option<&'static FrontendValue>, DropRe
         None if claimed(flow.dst) => Err(DropReason::NoBackend),
         found => Ok(found),
     }
+}
+
+/// Whether a client outside is one that the service serves.
+#[inline(always)]
+pub fn serves_client(frontend: &FrontendValue, client: Addr) -> bool {
+    let deny = frontend.flags & frontend_flags::SOURCE_RANGES_DENY != 0;
+    let mut list = if deny { SOURCE_RANGE_DENY } else { 0 };
+    if !client.is_v4() {
+        list |= SOURCE_RANGE_IPV6;
+    }
+    let range = SourceRange { service: frontend.service, list, addr: client };
+    RANGES.get(&Key::new(SOURCE_RANGE_ALL_BITS, range)).is_some() != deny
 }
 
 /// A backend by id, unless the id is free.
