@@ -9,6 +9,7 @@ mod endpoints;
 mod index;
 mod problems;
 mod ranges;
+mod topology;
 mod view;
 
 pub use compile::{Algorithm, NodeContext, compile};

@@ -2,6 +2,7 @@
 
 mod index;
 mod rules;
+mod topology;
 mod total;
 
 use serde_json::{Value, json};
