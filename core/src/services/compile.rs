@@ -8,7 +8,7 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, ranges, topology};
+use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, exposure, ranges, topology};
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
@@ -85,7 +85,9 @@ impl Default for NodeContext {
 
 /// What `service` means on this node, given all of its slices (in any order).
 ///
-/// Nothing comes out of headless and ExternalName Services and of those that name another proxy. Otherwise, for each port:
+/// Nothing comes out of headless and ExternalName Services, of those that name another proxy, and of those whose
+/// annotations `service.cilium.io/node-selector` or `/node` leave this node out; `service.cilium.io/type` leaves one kind
+/// of frontend, and external IPs. Otherwise, for each port:
 ///
 /// | Frontend | Addresses | Backends from outside | Backends from the cluster |
 /// |---|---|---|---|
@@ -114,13 +116,19 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
     if !is_ours(service, node) {
         return Compiled::default();
     }
-    let slices: Vec<&EndpointSlice> = slices.collect();
     let mut problems = Problems::default();
+    if !exposure::on_this_node(service, node, &mut problems) {
+        return Compiled { problems: problems.finish(), ..Compiled::default() };
+    }
+    let slices: Vec<&EndpointSlice> = slices.collect();
     let ranges = ranges::source_ranges(service, &mut problems);
     let mut builder = Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, ranges, problems };
     builder.affinity = builder.affinity_timeout();
     let prefer = topology::preference(service, node, &mut builder.problems);
-    let addresses = builder.addresses();
+    let mut addresses = builder.addresses();
+    if let Some(only) = exposure::only_kind(service, &mut builder.problems) {
+        addresses.retain(|(_, kind)| *kind == only || *kind == FrontendKind::ExternalIps);
+    }
     for (index, port) in service.spec.ports.iter().enumerate() {
         let Some(proto) = endpoints::protocol(&port.protocol) else {
             builder.problems.note(format!(

@@ -6,6 +6,7 @@
 
 mod compile;
 mod endpoints;
+mod exposure;
 mod index;
 mod problems;
 mod ranges;

@@ -1,5 +1,6 @@
 //! Objects are written as manifests here, so that these tests also show what the types read.
 
+mod exposure;
 mod index;
 mod rules;
 mod topology;
