@@ -20,6 +20,9 @@ if [[ -n $unformatted ]]; then
     exit 1
 fi
 
+step "docs/actors.md is what the actors say"
+scripts/actors.sh --check
+
 step "clippy"
 cargo clippy --workspace --exclude kinesin-ebpf --all-targets -- -D warnings
 

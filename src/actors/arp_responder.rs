@@ -102,8 +102,11 @@ impl ArpResponder {
         let config = self.world.config();
         // Presence is renewed every third of the lease, so that the last renewal of an agent that dies may be that old: the
         // others take over two thirds after its death at the earliest, and nobody else may answer by then.
-        let (alive_at, alive_for) = (clock::monotonic_nanos(), config.l2.lease_duration * 2 / 3);
-        let alive_for = u64::try_from(alive_for.as_nanos()).unwrap_or(u64::MAX);
+        let alive_at = clock::monotonic_nanos();
+        let alive_for = match self.is_alone() {
+            true => u64::MAX,
+            false => u64::try_from((config.l2.lease_duration * 2 / 3).as_nanos()).unwrap_or(u64::MAX),
+        };
         // Programs that have fallen silent may hold addresses that another node has taken over: they stay silent until
         // vip_owner has decided (R53). Those that still answer go on.
         let decided = self.answered.table().is_complete();
@@ -125,6 +128,15 @@ impl ArpResponder {
         }
         self.beat = Some(self.me.cast_after(config.l2.liveness_interval, ArpResponderMsg::Beat));
         Ok(())
+    }
+
+    /// Nobody could take over: a cluster of one node never falls silent.
+    fn is_alone(&self) -> bool {
+        let others =
+            |live: &crate::world::LiveMembers| live.members.records.keys().any(|node| *node != self.world.node);
+        self.world.nodes.is_complete()
+            && self.world.nodes.len() <= 1
+            && self.world.members.get().is_none_or(|live| !others(&live))
     }
 
     fn sync(&mut self, store: &dyn MapStore) -> Result<(), Failure> {

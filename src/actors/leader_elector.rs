@@ -8,8 +8,9 @@
 //! Deliberately absent: the duties. Those who have them follow the level.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use kinesin_core::objects::{Lease, Meta, ObjectKey};
+use kinesin_core::objects::{Lease, Meta, Object, ObjectKey};
 use kinesin_core::presence::election::{Effect, Input};
 use kinesin_core::presence::{Election, Timing};
 use metrics::gauge;
@@ -141,9 +142,10 @@ impl LeaderElector {
     }
 
     fn write(&self, lease: Lease) {
+        let deadline = timing(&self.world.config()).sanitised().0.renew_deadline;
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = source.put_lease(&lease).await.map(Box::new);
+            let result = in_time(deadline, source.put_lease(&lease)).await;
             me.cast(LeaderElectorMsg::Written(result));
         });
     }
@@ -157,6 +159,18 @@ fn lease(mut spec: kinesin_core::objects::LeaseSpec, resource_version: Option<sm
     let metadata =
         Meta { name: LEASE.into(), resource_version: resource_version.unwrap_or_default(), ..Meta::default() };
     Lease { metadata, spec }
+}
+
+/// A call that outlasts the renew deadline must not keep the next renewal from being tried: its outcome is unknown.
+pub(super) async fn in_time(
+    deadline: Duration,
+    write: impl Future<Output = Result<Lease, WriteError>>,
+) -> Result<Box<Lease>, WriteError> {
+    let late = || {
+        let message = format!("no answer within {deadline:?}");
+        WriteError::Unavailable { kind: Lease::KIND, name: "of this agent".into(), message }
+    };
+    tokio::time::timeout(deadline, write).await.unwrap_or_else(|_| Err(late())).map(Box::new)
 }
 
 /// The timing that the L2 keys ask for.

@@ -109,10 +109,7 @@ impl Actor for Loader {
         if let Some(config) = config {
             let options = Options::from(&*config);
             if options != self.options {
-                tracing::info!("maps and programs are made anew");
-                self.loaded = load(options.clone()).await?;
-                self.options = options;
-                self.attached.clear();
+                self.load_anew(options).await;
             }
         }
         let mut written = usize::from(self.write_settings()?);
@@ -155,6 +152,22 @@ impl From<&Config> for Options {
 }
 
 impl Loader {
+    /// Loads with other options; where that fails, everything stays as it was.
+    async fn load_anew(&mut self, options: Options) {
+        match load(options.clone()).await {
+            Ok(loaded) => {
+                tracing::info!("maps and programs were made anew");
+                (self.loaded, self.options) = (loaded, options);
+                self.attached.clear();
+                self.world.problems.clear("loader");
+            }
+            Err(error) => {
+                let text = format!("settings of maps not applied, the last good ones stay: {error:#}");
+                self.world.problems.set("loader", vec![text]);
+            }
+        }
+    }
+
     /// Returns whether anything was different.
     fn write_settings(&self) -> Result<bool, Failure> {
         let config = self.world.config();

@@ -17,7 +17,7 @@ use kinesin_core::presence::{ANNOTATION, Record, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
-use super::leader_elector::timing;
+use super::leader_elector::{in_time, timing};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::clock;
@@ -145,7 +145,7 @@ impl Membership {
             }
         }
         if !unreadable.is_empty() {
-            self.world.problems.set("presence", unreadable);
+            self.world.problems.set("presence records", unreadable);
         }
     }
 
@@ -162,9 +162,10 @@ impl Membership {
         }
         (self.writing, self.stale) = (true, false);
         let lease = self.lease(&claims);
+        let deadline = timing(&self.world.config()).sanitised().0.renew_deadline;
         let (source, me) = (self.source.clone(), self.me.clone());
         tokio::spawn(async move {
-            let result = put(&*source, lease).await.map(Box::new);
+            let result = in_time(deadline, put(&*source, lease)).await;
             me.cast(MembershipMsg::Written(result));
         });
     }
@@ -178,6 +179,7 @@ impl Membership {
             since: self.since.clone(),
             devices: live.map(|device| device.name.clone()).collect(),
             claims: claims.to_vec(),
+            gone: self.tracker.gone(),
             draining: false,
         };
         let name = SmolStr::from(lease_name(&self.world.node));
@@ -218,8 +220,13 @@ impl Membership {
 
     fn publish(&mut self) {
         let now = clock::now();
-        for change in self.tracker.expire(now) {
+        let expired = self.tracker.expire(now);
+        for change in &expired {
             tracing::warn!(?change, "presence ran out");
+        }
+        if !expired.is_empty() {
+            // So that a restart does not take their last words for news.
+            self.write();
         }
         let members = self.tracker.alive(now);
         gauge!("kinesin_members").set(members.records.len() as f64);

@@ -5,7 +5,7 @@
 //! says: status updates to the source
 //! restart story: the orders are a table; those that the objects already show are not written again
 //!
-//! Deliberately absent: deciding what to write. At most [`AT_ONCE`] writes are in flight, each object's in order.
+//! Deliberately absent: deciding what to write. At most `AT_ONCE` writes are in flight, each object's in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

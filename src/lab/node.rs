@@ -198,7 +198,7 @@ impl Pod {
         &self.inner.node
     }
 
-    /// 10.42.<node>.<pod>
+    /// `10.42.<node>.<pod>`
     pub fn address(&self) -> Ipv4Addr {
         self.inner.address
     }

@@ -35,6 +35,14 @@ async fn when_the_owner_loses_power_another_takes_over_and_keeps_the_address() {
     let after = load.totals();
     assert!(after.longest_gap_ms <= gap_bound(), "{after:?}");
 
+    // The dead node's last words still say that it has the address: a restarted owner must not believe them.
+    let before = load.totals();
+    rig.take_agent(second).kill9();
+    rig.start_agent(second);
+    rig.agent(second).wait_ready(LIMIT).await.unwrap();
+    stays(&rig, second).await;
+    assert_eq!(load.totals().failed, before.failed, "a restart of the new owner's agent costs nothing");
+
     node.restore_link().await.unwrap();
     for pod in node.pods() {
         pod.serve().await.unwrap();
@@ -96,4 +104,30 @@ async fn stays(rig: &Rig, owner: usize) {
         assert_eq!(rig.answering().await, [owner]);
     }
     assert_eq!(rig.owner(&[]).await, owner);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_owners_cable_is_pulled_another_takes_over_at_once_and_keeps_the_address() {
+    let rig = Rig::start("cable", Lease::Patient, &[]).await;
+    let first = rig.owner(&[]).await;
+    let load = rig.load().await;
+    let wire = rig.watch_wire();
+    wire.hears(first).await;
+    let node = rig.lab.node(first).clone();
+    node.cut_link().await.unwrap();
+    manifests::write_endpoints(&rig.lab, &[node.name()]).unwrap();
+    let second = rig.owner(&[first]).await;
+    load.more(RATE.into()).await;
+    let after = load.totals();
+    // The owner itself says that it is cut off; no lease has to run out.
+    assert!(after.longest_gap_ms <= MARGIN.as_millis() as u64, "{after:?}");
+
+    node.restore_link().await.unwrap();
+    manifests::write_endpoints(&rig.lab, &[]).unwrap();
+    stays(&rig, second).await;
+    let heard = wire.stop().await;
+    assert!(heard.iter().all(|(_, answering)| answering.len() <= 1), "never two: {heard:?}");
+    let order: Vec<_> = heard.iter().filter_map(|(_, answering)| answering.first().copied()).collect();
+    assert_eq!(order, [first, second], "{heard:?}");
+    load.handle.stop().await.unwrap();
 }

@@ -343,8 +343,11 @@ pub(crate) async fn eventually_or(what: &str, mut condition: impl AsyncFnMut() -
 /// A witness on the LAN who asks for the address without a pause.
 pub(crate) struct Wire {
     task: tokio::task::JoinHandle<()>,
-    heard: Arc<Mutex<Vec<(Instant, Vec<usize>)>>>,
+    heard: Arc<Mutex<Vec<Heard>>>,
 }
+
+/// When somebody was asked for, and the numbers of the nodes that answered.
+pub(crate) type Heard = (Instant, Vec<usize>);
 
 impl Rig {
     pub(crate) fn watch_wire(&self) -> Wire {
@@ -381,7 +384,7 @@ impl Wire {
     }
 
     /// Ends it: when somebody was asked for, and the numbers of the nodes that answered. Changes only.
-    pub(crate) async fn stop(self) -> Vec<(Instant, Vec<usize>)> {
+    pub(crate) async fn stop(self) -> Vec<Heard> {
         self.task.abort();
         let ended = self.task.await;
         assert!(ended.is_err_and(|error| error.is_cancelled()), "the witness heard somebody unknown");

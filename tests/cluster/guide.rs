@@ -32,7 +32,7 @@ async fn the_guides_pool_and_policy_applied_as_they_stand_give_a_service_an_addr
         .until("the pool's counters", async || {
             let object = cluster.read(&pool);
             let count = |name: &str| message_of(&object, name).unwrap_or_default();
-            let counts = ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(|name| count(name));
+            let counts = ["cilium.io/IPsTotal", "cilium.io/IPsAvailable", "cilium.io/IPsUsed"].map(count);
             if counts == ["101", "100", "1"] { Ok(()) } else { Err(format!("{counts:?}")) }
         })
         .await;

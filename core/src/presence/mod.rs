@@ -1,7 +1,8 @@
 //! Who is there: each agent keeps one Lease with a record of itself, and judges the others by theirs.
 //!
 //! A node is alive while its Lease keeps changing, seen from here: `renewTime` is compared with what it was, never with a
-//! clock, so that clocks may differ by any amount. Deliberately absent: reading and writing Leases, wall-clock time, and
+//! clock, so that clocks may differ by any amount. Who starts anew takes everybody for alive, except those that its own
+//! record says were gone and whose Lease has not changed since. Deliberately absent: reading and writing Leases, wall-clock time, and
 //! the faster heartbeats that come with the full ownership protocol.
 
 pub mod election;
@@ -63,6 +64,8 @@ struct Peer {
     /// When the pulse was last seen to change.
     changed_at: Instant,
     alive: bool,
+    /// The pulse was seen to change: nothing that an earlier run knew counts any more.
+    confirmed: bool,
 }
 
 impl Peer {
@@ -113,7 +116,15 @@ impl Tracker {
         }
         let change = match self.peers.get_mut(&name) {
             None => {
-                let peer = Peer { node: node.clone(), record, pulse, duration, changed_at: now, alive: true };
+                let peer = Peer {
+                    node: node.clone(),
+                    record,
+                    pulse,
+                    duration,
+                    changed_at: now,
+                    alive: true,
+                    confirmed: false,
+                };
                 self.peers.insert(name, peer);
                 Some(Change::Joined(node))
             }
@@ -126,7 +137,7 @@ impl Tracker {
                 }
                 peer.node = node.clone();
                 if peer.pulse != pulse {
-                    (peer.pulse, peer.changed_at, peer.alive) = (pulse, now, true);
+                    (peer.pulse, peer.changed_at, peer.alive, peer.confirmed) = (pulse, now, true, true);
                 }
                 match (was_alive, peer.alive) {
                     (false, true) => Some(Change::Joined(node)),
@@ -135,7 +146,30 @@ impl Tracker {
                 }
             }
         };
-        Ok(change.into_iter().collect())
+        let mut changes: Vec<Change> = change.into_iter().collect();
+        changes.extend(self.recall());
+        Ok(changes)
+    }
+
+    /// The nodes whose presence has run out, with the last `renewTime` of each: what this node's own record should say.
+    pub fn gone(&self) -> BTreeMap<SmolStr, SmolStr> {
+        let dead = self.peers.values().filter(|peer| !peer.alive && peer.node != self.me);
+        dead.filter_map(|peer| Some((peer.node.clone(), peer.pulse.2.clone()?))).collect()
+    }
+
+    /// Those that an earlier run of this agent saw run out are still gone, unless their Lease has changed since.
+    fn recall(&mut self) -> Vec<Change> {
+        let Some(mine) = self.mine().map(|peer| Arc::clone(&peer.record)) else { return Vec::new() };
+        let is_gone = |peer: &Peer| {
+            let last = peer.pulse.2.as_ref();
+            peer.alive && !peer.confirmed && last.is_some() && mine.gone.get(&peer.node) == last
+        };
+        let mut changes = Vec::new();
+        for peer in self.peers.values_mut().filter(|peer| peer.node != mine.node && is_gone(peer)) {
+            peer.alive = false;
+            changes.push(Change::Left(peer.node.clone()));
+        }
+        changes
     }
 
     /// A presence Lease is gone, or nobody holds it: its node has left.

@@ -3,6 +3,7 @@
 //! Annotations of one object may have 256 KiB together, and a node may own thousands of addresses: neighbours are
 //! written as ranges.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -40,6 +41,10 @@ pub struct Record {
         deserialize_with = "read_claims"
     )]
     pub claims: Vec<IpAddr>,
+    /// Nodes whose presence has run out in its eyes, with the last `renewTime` of each: so that a restarted agent does not
+    /// take a dead node's last words for those of a living one.
+    #[serde(rename = "g", default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gone: BTreeMap<SmolStr, SmolStr>,
     /// Is going away: others should take over.
     #[serde(rename = "q", default, skip_serializing_if = "std::ops::Not::not")]
     pub draining: bool,

@@ -372,3 +372,35 @@ mod election_tests {
         }
     }
 }
+
+#[test]
+fn who_was_gone_before_a_restart_is_still_gone_until_its_lease_changes() {
+    let start = Instant::now();
+    let mut tracker = Tracker::new("me");
+    tracker.observe(&lease(&record("me"), "m1"), start).unwrap();
+    tracker.observe(&lease(&record("dead"), "d1"), start).unwrap();
+    for (renewal, seconds) in [("m2", 4), ("m3", 8)] {
+        tracker.observe(&lease(&record("me"), renewal), after(start, seconds)).unwrap();
+    }
+    assert_eq!(tracker.expire(after(start, 10)), [Change::Left("dead".into())]);
+    let mine = Record { gone: tracker.gone(), ..record("me") };
+    assert_eq!(Record::from_lease(&lease(&mine, "m4")).unwrap(), mine, "it survives the way through an annotation");
+
+    // Whatever the order in which the Leases are listed.
+    for own_first in [true, false] {
+        let mut leases = [lease(&record("dead"), "d1"), lease(&mine, "m4"), lease(&record("other"), "o1")];
+        if own_first {
+            leases.swap(0, 1);
+        }
+        let mut again = Tracker::new("me");
+        for lease in &leases {
+            again.observe(lease, after(start, 20)).unwrap();
+        }
+        assert_eq!(nodes(&again, after(start, 20)), ["me", "other"]);
+        assert_eq!(again.gone(), mine.gone, "it goes on to be remembered");
+        again.observe(&lease(&record("dead"), "d2"), after(start, 21)).unwrap();
+        assert_eq!(nodes(&again, after(start, 21)), ["dead", "me", "other"], "a sign of life");
+        again.observe(&lease(&mine, "m5"), after(start, 22)).unwrap();
+        assert_eq!(nodes(&again, after(start, 22)), ["dead", "me", "other"], "what the record said is over");
+    }
+}

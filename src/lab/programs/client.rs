@@ -20,7 +20,7 @@ use crate::lab::report::{Backend, Held, LoadEvent, Reason};
 /// Arguments of `kinesin lab-client`. Times are in milliseconds, so that the line is easy to make and read.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ClientOptions {
-    /// What to request, each time on a new connection: http://<address>[:port][/path]
+    /// What to request, each time on a new connection: `http://<address>[:port][/path]`
     #[arg(long)]
     pub url: Option<String>,
     /// New connections per second
