@@ -122,7 +122,7 @@ fn r40_edits_end_as_if_created_so_and_the_trie_is_repaired_when_tampered_with() 
         rig.maps.apply(&planner.prune()).unwrap();
         let key = ObjectKey::new("default", "web");
         let vip = Ipv4Addr::new(10, 0, 0, 200);
-        let mut dropped = |rig: &mut Rig, client: Ipv4Addr| {
+        let dropped = |rig: &mut Rig, client: Ipv4Addr| {
             let before = rig.dropped(DropReason::SourceRange, kinesin_abi::Direction::Ingress);
             rig.ingress(&udp((client, 9), (vip, 80), b""));
             rig.ingress(&tcp((client, 9), (vip, 80), SYN));

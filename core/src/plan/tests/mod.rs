@@ -116,7 +116,7 @@ impl Maps {
     /// Whether each of [`CLIENTS`] is served, by frontend.
     fn served(&self) -> BTreeMap<FrontendKey, Vec<bool>> {
         let frontends = self.frontends.iter();
-        frontends.map(|(key, value)| (*key, CLIENTS.map(|client| self.serves(value, client.into())).to_vec())).collect()
+        frontends.map(|(key, value)| (*key, CLIENTS.map(|client| self.serves(value, client)).to_vec())).collect()
     }
 
     /// As the programs decide it.
@@ -183,7 +183,7 @@ impl Maps {
                     external: self.set(value.external),
                     internal: self.set(value.internal),
                     tables: [table(value.external), table(value.internal)],
-                    served: CLIENTS.map(|client| self.serves(value, client.into())),
+                    served: CLIENTS.map(|client| self.serves(value, client)),
                 };
                 (*key, seen)
             })

@@ -48,7 +48,8 @@ const SPREAD: [&str; 3] = ["10.42.0.1 a here", "10.42.0.2 a,b there", "10.42.0.3
 
 #[test]
 fn a_service_uses_the_endpoints_that_are_hinted_for_its_zone_or_node_if_it_asks_for_it() {
-    let table: [(&str, Value, Option<(&str, &str)>, &[u8]); 9] = [
+    type Annotation = Option<(&'static str, &'static str)>;
+    let table: [(&str, Value, Annotation, &[u8]); 9] = [
         ("nothing asked for", json!({}), None, &[1, 2, 3]),
         ("close", json!({"trafficDistribution": "PreferClose"}), None, &[1, 2]),
         ("same zone", json!({"trafficDistribution": "PreferSameZone"}), None, &[1, 2]),
