@@ -4,6 +4,8 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 
+#[path = "datapath/affinity.rs"]
+mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
 #[path = "datapath/flows.rs"]
@@ -14,6 +16,8 @@ mod hooks;
 mod maps;
 #[path = "datapath/packets.rs"]
 mod packets;
+#[path = "datapath/ranges.rs"]
+mod ranges;
 #[path = "datapath/refusals.rs"]
 mod refusals;
 #[path = "datapath/rig.rs"]

@@ -154,6 +154,8 @@ fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -
         },
         proxy_name: config.services.proxy_name.as_str().into(),
         default_lb_ipam: config.lb_ipam.default_for == config::DefaultIpam::LbIpam,
-        ..NodeContext::default()
+        service_topology: config.services.topology,
+        external_cluster_ip: config.services.external_cluster_ip,
+        source_range_all_types: config.services.source_range_all_types,
     }
 }

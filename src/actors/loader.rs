@@ -228,9 +228,17 @@ impl Loader {
         let failed =
             hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());
-        let MapSizes { frontends, slots, backends, maglev, .. } = self.options.sizes;
+        let MapSizes { frontends, slots, backends, maglev, ranges, .. } = self.options.sizes;
         let maglev_seed = seed(&self.world.config());
-        let limits = Limits { frontends, slots, backends, maglev_tables: maglev, maglev_seed, ..Limits::default() };
+        let limits = Limits {
+            frontends,
+            slots,
+            backends,
+            maglev_tables: maglev,
+            source_ranges: ranges,
+            maglev_seed,
+            ..Limits::default()
+        };
         self.world.maps.set(MapsHandle { generation: *generation, store: store.clone(), limits, hooks });
     }
 }

@@ -70,6 +70,8 @@ pub(super) fn about(table: &str) -> &'static str {
         "maglev" => "consistent selection, by set",
         "flows" => "connections, one entry per direction",
         "sockets" => "translated sockets",
+        "ranges" => "networks whose clients services serve, or not",
+        "affinity" => "backends that clients stay with",
         "l2" => "addresses answered for, per device",
         "devices" => "MAC and addresses of devices",
         "settings" => "what the programs are told",

@@ -232,6 +232,27 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "enable-service-topology",
+        "false",
+        Kind::Bool(|c| &mut c.services.topology),
+        "Keep traffic in the zone, or on the node, where a Service asks for it and its EndpointSlices have hints.",
+    ),
+    live(
+        SERVICES,
+        "bpf-lb-external-clusterip",
+        "false",
+        Kind::Bool(|c| &mut c.services.external_cluster_ip),
+        "Serve ClusterIPs to clients outside the cluster too.",
+    ),
+    live(
+        SERVICES,
+        "bpf-lb-source-range-all-types",
+        "false",
+        Kind::Bool(|c| &mut c.services.source_range_all_types),
+        "Restrict clients by `loadBalancerSourceRanges` at all addresses of a Service, not only at its load balancer's.",
+    ),
+    live(
+        SERVICES,
         "service-no-backend-response",
         "reject",
         Kind::Choice(|c| &mut c.services.no_backend),

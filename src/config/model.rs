@@ -177,6 +177,12 @@ pub struct Services {
     pub ct_tcp_max: u32,
     /// `bpf-ct-global-any-max`, entries.
     pub ct_any_max: u32,
+    /// `enable-service-topology`
+    pub topology: bool,
+    /// `bpf-lb-external-clusterip`
+    pub external_cluster_ip: bool,
+    /// `bpf-lb-source-range-all-types`
+    pub source_range_all_types: bool,
     /// `service-no-backend-response`
     pub no_backend: NoBackend,
     /// `k8s-service-proxy-name`; empty means Services without that label.

@@ -4,10 +4,11 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET, DROP_SLOTS, DeviceValue, DropCounter, DropReason,
-    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key, L2Value,
-    SETTING_REJECT_NO_BACKEND, Settings, SocketKey, SocketValue, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
-    TCP_SEEN_RST, frontend_flags, proto,
+    AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
+    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue,
+    FrontendKey, FrontendValue, L2Key, L2Value, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY,
+    SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
+    TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 
 use super::from_bytes;
@@ -72,6 +73,7 @@ fn frontend_value(value: &FrontendValue) -> String {
             (frontend_flags::INTERNAL_LOCAL, "internal-local"),
             (frontend_flags::AFFINITY, "affinity"),
             (frontend_flags::SOURCE_RANGES, "source-ranges"),
+            (frontend_flags::SOURCE_RANGES_DENY, "deny"),
         ],
     );
     let (external, internal) = (value.external, value.internal);
@@ -136,6 +138,29 @@ fn socket_value(value: &SocketValue) -> String {
     format!("{} backend={}", endpoint(value.addr, value.port), value.backend)
 }
 
+fn affinity_key(key: &AffinityKey) -> String {
+    let client = if key.flags & AFFINITY_NETNS != 0 {
+        format!("netns {:#x}", key.netns())
+    } else {
+        IpAddr::from(key.client).to_string()
+    };
+    format!("{client} service={}", key.service)
+}
+
+fn affinity_value(value: &AffinityValue) -> String {
+    format!("backend={} last={}s", value.backend, value.last_used / 1_000_000_000)
+}
+
+pub(crate) fn range_key(key: &SourceRangeKey) -> String {
+    let range = key.range;
+    let list = if range.list & SOURCE_RANGE_DENY != 0 { "deny" } else { "allow" };
+    let before = SOURCE_RANGE_BITS + if range.list & SOURCE_RANGE_IPV6 != 0 { 0 } else { 96 };
+    match key.prefix_len.checked_sub(before) {
+        Some(bits) => format!("service={} {list} {}/{bits}", range.service, IpAddr::from(range.addr)),
+        None => format!("service={} {list} ?/{}", range.service, key.prefix_len),
+    }
+}
+
 fn drop_key(slot: u32) -> String {
     let direction = if slot < DROP_SLOTS / 2 { "ingress" } else { "egress" };
     let reason = slot % (DROP_SLOTS / 2);
@@ -174,6 +199,8 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
         }
         "flows" => Some((flow_key(&from_bytes(key)?), flow_value(&from_bytes(value)?))),
         "sockets" => Some((socket_key(&from_bytes(key)?), socket_value(&from_bytes(value)?))),
+        "affinity" => Some((affinity_key(&from_bytes(key)?), affinity_value(&from_bytes(value)?))),
+        "ranges" => Some((range_key(&from_bytes(key)?), String::new())),
         "l2" => {
             let key: L2Key = from_bytes(key)?;
             let value: L2Value = from_bytes(value)?;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     Addr, Backend, BackendId, Be16, DeviceValue, Direction, DropCounter, DropReason, FLOW_REPLY, FlowKey, FlowValue,
-    FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, drop_slot, proto,
+    FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, SourceRangeKey, drop_slot,
+    proto,
 };
 use kinesin_core::plan::{Actual, Op};
 
 use super::batch::{Stopped, Table};
 use super::{
-    ApplyError, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump, from_bytes,
-    hint, sys, table_name, table_of,
+    ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
+    from_bytes, hint, sys, table_name, table_of,
 };
 
 /// Bytes of a Maglev table as the kernel stores it.
@@ -132,6 +133,11 @@ impl KernelMaps {
                     keys.extend_from_slice(bytes_of(key));
                     values.extend_from_slice(bytes_of(value));
                 }
+                Op::PutSourceRange(key) => {
+                    keys.extend_from_slice(bytes_of(key));
+                    values.extend_from_slice(bytes_of(&LISTED));
+                }
+                Op::DeleteSourceRange(key) => keys.extend_from_slice(bytes_of(key)),
                 Op::DeleteFrontend(key) => keys.extend_from_slice(bytes_of(key)),
                 Op::DeleteMaglev(base) => keys.extend_from_slice(bytes_of(base)),
                 Op::PutMaglev(base, ids) => {
@@ -140,7 +146,7 @@ impl KernelMaps {
             }
         }
         match &ops[0] {
-            Op::DeleteFrontend(_) | Op::DeleteMaglev(_) => table.remove_all(&keys).map(drop),
+            Op::DeleteFrontend(_) | Op::DeleteMaglev(_) | Op::DeleteSourceRange(_) => table.remove_all(&keys).map(drop),
             Op::PutMaglev(..) => Ok(()),
             _ => table.put_all(&keys, &values),
         }
@@ -169,6 +175,14 @@ pub(crate) fn flow_to(key: &FlowKey, value: &FlowValue, backends: &[(Addr, Be16,
     key.proto == proto::UDP && backends.contains(&(end.0, end.1, key.proto))
 }
 
+/// Elements of the ranges trie as the planner writes them.
+pub(crate) fn read_ranges(elements: Vec<(SourceRangeKey, u32)>) -> Vec<SourceRangeKey> {
+    let mut keys: Vec<SourceRangeKey> = elements.into_iter().map(|(key, _)| key.masked()).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    keys
+}
+
 impl MapStore for KernelMaps {
     fn read(&self) -> Result<Actual, MapError> {
         let mut slots: Vec<(u32, BackendId)> = self.scan("slots")?;
@@ -177,7 +191,9 @@ impl MapStore for KernelMaps {
         backends.retain(|(_, backend)| *backend != Backend::default());
         let tables = self.maglev()?;
         let maglev = tables.iter().filter_map(|(base, ids)| Some((from_bytes(base)?, maglev_ids(ids)))).collect();
-        Ok(Actual { frontends: self.scan::<FrontendKey, FrontendValue>("frontends")?, slots, backends, maglev })
+        let frontends = self.scan::<FrontendKey, FrontendValue>("frontends")?;
+        let source_ranges = read_ranges(self.scan("ranges")?);
+        Ok(Actual { frontends, slots, backends, maglev, source_ranges })
     }
 
     fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
@@ -284,7 +300,9 @@ impl MapStore for KernelMaps {
                 let table = self.table(name);
                 let mut entries = Some(0);
                 let counted = match name {
-                    "frontends" | "maglev" | "l2" | "devices" => table.scan(|_, _| entries = entries.map(|n| n + 1)),
+                    "frontends" | "maglev" | "ranges" | "l2" | "devices" => {
+                        table.scan(|_, _| entries = entries.map(|n| n + 1))
+                    }
                     "slots" | "backends" => table.scan(|_, value| {
                         let used = value.iter().any(|byte| *byte != 0);
                         entries = entries.map(|n| n + u64::from(used));

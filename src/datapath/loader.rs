@@ -61,6 +61,10 @@ pub struct MapSizes {
     pub flows: u32,
     /// Translated sockets.
     pub sockets: u32,
+    /// Clients of services with session affinity.
+    pub affinity: u32,
+    /// Source ranges of all services, each counted once per service port.
+    pub ranges: u32,
     /// Addresses answered for, per device.
     pub l2: u32,
     /// Devices.
@@ -71,7 +75,14 @@ impl MapSizes {
     /// From `bpf-lb-map-max`: so many frontends and backends, and room for each backend in four sets.
     pub fn for_services(max: u32) -> Self {
         let max = max.max(1);
-        Self { frontends: max, slots: max.saturating_mul(4), backends: max, maglev: max, ..Self::default() }
+        Self {
+            frontends: max,
+            slots: max.saturating_mul(4),
+            backends: max,
+            maglev: max,
+            ranges: max,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn of(&self, table: &str) -> Option<u32> {
@@ -82,6 +93,8 @@ impl MapSizes {
             "maglev" => Some(self.maglev),
             "flows" => Some(self.flows),
             "sockets" => Some(self.sockets),
+            "affinity" => Some(self.affinity),
+            "ranges" => Some(self.ranges),
             "l2" => Some(self.l2),
             "devices" => Some(self.devices),
             _ => None,
@@ -98,6 +111,8 @@ impl Default for MapSizes {
             maglev: 65_536,
             flows: 131_072,
             sockets: 65_536,
+            affinity: 65_536,
+            ranges: 65_536,
             l2: 4096,
             devices: 256,
         }
@@ -411,8 +426,20 @@ fn shapes(object: &[u8], sizes: &MapSizes) -> Result<Vec<(&'static str, &'static
 }
 
 /// [`TABLES`] as the maps are called.
-const NAMES: [&str; TABLES.len()] =
-    ["FRONTENDS", "SLOTS", "BACKENDS", "MAGLEV", "FLOWS", "SOCKETS", "L2", "DEVICES", "SETTINGS", "DROPS"];
+const NAMES: [&str; TABLES.len()] = [
+    "FRONTENDS",
+    "SLOTS",
+    "BACKENDS",
+    "MAGLEV",
+    "FLOWS",
+    "SOCKETS",
+    "AFFINITY",
+    "RANGES",
+    "L2",
+    "DEVICES",
+    "SETTINGS",
+    "DROPS",
+];
 
 fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
     let data: &MapData = match ebpf.map(name) {
@@ -420,6 +447,7 @@ fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
             Map::Array(data)
             | Map::HashMap(data)
             | Map::LruHashMap(data)
+            | Map::LpmTrie(data)
             | Map::PerCpuArray(data)
             | Map::HashOfMaps(data),
         ) => data,

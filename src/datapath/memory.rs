@@ -10,11 +10,11 @@ use kinesin_abi::{
 };
 use kinesin_core::plan::{Actual, Op};
 
-use super::kernel::{flow_to, maglev_bytes, maglev_ids};
+use super::kernel::{flow_to, maglev_bytes, maglev_ids, read_ranges};
 use super::loader::MapSizes;
 use super::{
-    ApplyError, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump, from_bytes,
-    hint, table_name, table_of,
+    ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
+    from_bytes, hint, table_name, table_of,
 };
 
 type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -98,6 +98,11 @@ impl MemoryMaps {
                 let table = maglev_bytes(ids).map_err(|error| self.failed("maglev", "write to", error))?;
                 self.put("maglev", bytes_of(base), table)
             }
+            Op::PutSourceRange(key) => self.put("ranges", bytes_of(key), bytes_of(&LISTED).to_vec()),
+            Op::DeleteSourceRange(key) => {
+                self.remove("ranges", bytes_of(key));
+                Ok(())
+            }
             Op::DeleteFrontend(key) => {
                 self.remove("frontends", bytes_of(key));
                 Ok(())
@@ -123,11 +128,12 @@ impl MapStore for MemoryMaps {
         // As an array is read.
         backends.sort_unstable_by_key(|(id, _)| *id);
         slots.sort_unstable();
+        let source_ranges = read_ranges(self.all("ranges"));
         let tables = self.lock();
         let maglev = tables.get("maglev").into_iter().flatten();
         let maglev = maglev.filter_map(|(base, ids)| Some((from_bytes(base)?, maglev_ids(ids)))).collect();
         drop(tables);
-        Ok(Actual { frontends: self.all("frontends"), slots, backends, maglev })
+        Ok(Actual { frontends: self.all("frontends"), slots, backends, maglev, source_ranges })
     }
 
     fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {

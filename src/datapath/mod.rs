@@ -29,8 +29,20 @@ pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 10] =
-    ["frontends", "slots", "backends", "maglev", "flows", "sockets", "l2", "devices", "settings", "drops"];
+pub const TABLES: [&str; 12] = [
+    "frontends",
+    "slots",
+    "backends",
+    "maglev",
+    "flows",
+    "sockets",
+    "affinity",
+    "ranges",
+    "l2",
+    "devices",
+    "settings",
+    "drops",
+];
 
 /// A table could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +177,7 @@ pub(crate) fn table_of(op: &Op) -> &'static str {
         Op::Slot(..) => "slots",
         Op::PutMaglev(..) | Op::DeleteMaglev(_) => "maglev",
         Op::PutFrontend(..) | Op::DeleteFrontend(_) => "frontends",
+        Op::PutSourceRange(_) | Op::DeleteSourceRange(_) => "ranges",
     }
 }
 
@@ -172,7 +185,7 @@ pub(crate) fn table_of(op: &Op) -> &'static str {
 pub(crate) fn hint(table: &str, error: &io::Error, entries: u32) -> String {
     let full = matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM));
     match table {
-        "frontends" | "slots" | "backends" | "maglev" if full => {
+        "frontends" | "slots" | "backends" | "maglev" | "ranges" if full => {
             format!("; the table holds {entries} entries: raise bpf-lb-map-max")
         }
         _ if full => format!("; the table holds {entries} entries"),
@@ -189,8 +202,13 @@ pub(crate) fn describe(op: &Op) -> String {
         Op::PutFrontend(key, _) => format!("frontend {}", dump::frontend_key(key)),
         Op::DeleteFrontend(key) => format!("delete frontend {}", dump::frontend_key(key)),
         Op::DeleteMaglev(base) => format!("delete maglev table {base}"),
+        Op::PutSourceRange(key) => format!("source range {}", dump::range_key(key)),
+        Op::DeleteSourceRange(key) => format!("delete source range {}", dump::range_key(key)),
     }
 }
+
+/// Value of every element of `ranges`: that it is there says all.
+pub(crate) const LISTED: u32 = 1;
 
 /// The bytes of a map key or value.
 pub(crate) fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {

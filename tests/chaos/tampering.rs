@@ -75,7 +75,7 @@ async fn maps_that_somebody_changes_at_random_come_back_to_what_they_were() {
         for table in VERIFIED {
             tamper(&maps, table, &mut rng);
         }
-        for table in ["flows", "sockets"] {
+        for table in ["flows", "sockets", "affinity"] {
             litter(&maps, table, &mut rng);
         }
         eventually_or(&format!("round {round}: the maps are as before"), async || {

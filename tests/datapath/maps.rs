@@ -166,6 +166,7 @@ fn every_table_can_be_tampered_with() {
                     let sizes = match table {
                         "flows" => (40, 56),
                         "sockets" => (32, 24),
+                        "affinity" => (24, 16),
                         "l2" => (20, 8),
                         other => panic!("{other} is empty"),
                     };
@@ -226,12 +227,14 @@ fn another_size_keeps_every_entry() {
             maglev: 128,
             flows: 8192,
             sockets: 2048,
+            affinity: 2048,
+            ranges: 2048,
             l2: 128,
             devices: 32,
         };
         let second = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
         let names: BTreeSet<&str> = second.migrations().iter().map(|migration| migration.map.as_str()).collect();
-        assert_eq!(names.len(), 8, "{names:?}");
+        assert_eq!(names.len(), 10, "{names:?}");
         assert!(second.migrations().iter().all(|migration| migration.lost == 0), "{:?}", second.migrations());
         assert!(second.migrations()[0].difference.contains("max_entries"), "{:?}", second.migrations());
         assert!(sorted(second.maps().read().unwrap()) == before);

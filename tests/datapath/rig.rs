@@ -11,7 +11,8 @@ use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
-    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SetRef, Settings, frontend_flags, proto,
+    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SetRef, Settings,
+    SourceRange, SourceRangeKey, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;
@@ -94,6 +95,8 @@ pub(crate) fn small() -> MapSizes {
         maglev: 64,
         flows: 4096,
         sockets: 1024,
+        affinity: 1024,
+        ranges: 1024,
         l2: 64,
         devices: 16,
     }
@@ -190,6 +193,9 @@ pub(crate) fn services() -> Vec<Op> {
             value(FrontendKind::ClusterIp, 0, first + LOCAL_ID, 1),
         ));
     }
+    // Of a service that the rig does not have.
+    let range = SourceRange { service: 99, list: 0, addr: Ipv4Addr::UNSPECIFIED.into() };
+    ops.push(Op::PutSourceRange(SourceRangeKey { prefix_len: SOURCE_RANGE_BITS + 96, range }));
     for addr in [VIP, CLUSTER_IP] {
         let wildcard = value(FrontendKind::LoadBalancer, frontend_flags::WILDCARD, 0, 0);
         ops.push(Op::PutFrontend(frontend(addr, 0, proto::ANY), wildcard));

@@ -211,6 +211,53 @@ fn a_service_without_backends_fails_at_once() {
 }
 
 #[test]
+fn sockets_of_one_network_stay_with_one_backend_and_leave_it_when_the_service_does() {
+    isolated(|| {
+        let node = Node::new();
+        let listeners: Vec<TcpListener> = (0..6).map(|_| TcpListener::bind((LISTENER, 0)).unwrap()).collect();
+        let mut ops = Vec::new();
+        for (n, listener) in (0..).zip(&listeners) {
+            let port = listener.local_addr().unwrap().port();
+            listener.set_nonblocking(true).unwrap();
+            ops.push(Op::Backend(20 + n, backend(LISTENER, port, proto::TCP, true)));
+            ops.push(Op::Slot(40 + n, 20 + n));
+        }
+        let sticky = |count| kinesin_abi::FrontendValue {
+            affinity: 60,
+            service: 9,
+            ..value(FrontendKind::ClusterIp, frontend_flags::AFFINITY, 40, count)
+        };
+        ops.push(Op::PutFrontend(frontend(CLUSTER_IP, 90, proto::TCP), sticky(6)));
+        node.datapath.maps().apply(&ops).unwrap();
+        // Whoever has connections to accept; accepts them all.
+        let visited = |times: usize| -> Vec<usize> {
+            node.cgroup.run(move || {
+                for n in 0..times {
+                    let to = if n % 2 == 0 { peer(CLUSTER_IP, 90) } else { mapped(CLUSTER_IP, 90) };
+                    TcpStream::connect(to).map_err(text)?;
+                }
+                Ok(())
+            });
+            let accepted = listeners.iter().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count());
+            accepted.collect()
+        };
+        let first = visited(20);
+        assert_eq!(first.iter().filter(|n| **n > 0).collect::<Vec<_>>(), [&20], "{first:?}");
+        let held = first.iter().position(|n| *n > 0).unwrap() as u32;
+        let bonds = node.datapath.maps().dump_raw("affinity").unwrap();
+        assert!(bonds.len() == 1 && bonds[0].0.starts_with("netns 0x"), "{bonds:?}");
+        // The service gives it up; the backend itself stays where it is.
+        let mut ops = vec![Op::Slot(40 + held, 25)];
+        ops.push(Op::PutFrontend(frontend(CLUSTER_IP, 90, proto::TCP), sticky(5)));
+        ops.push(Op::Slot(45, 0));
+        node.datapath.maps().apply(&ops).unwrap();
+        let second = visited(20);
+        let next: Vec<usize> = (0..6).filter(|n| second[*n] > 0).collect();
+        assert!(next.len() == 1 && next[0] as u32 != held, "{second:?} after {first:?}");
+    });
+}
+
+#[test]
 fn other_destinations_are_not_touched() {
     isolated(|| {
         let node = Node::new();

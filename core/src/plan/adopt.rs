@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef, frontend_flags};
+use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef, SourceRangeKey, frontend_flags};
 
 use super::image::{FrontendEntry, Image, Stages, Table, state_from};
 use super::slots::order_for;
@@ -33,6 +33,7 @@ impl Planner {
         let moved = self.adopt_sets(&refs, &slots, &mut stages);
         self.adopt_frontends(frontends, &moved, &mut stages);
         self.adopt_tables(actual.maglev, &mut stages);
+        self.adopt_ranges(actual.source_ranges, &mut stages);
 
         for index in actual.slots.iter().map(|(index, _)| *index).collect::<BTreeSet<u32>>() {
             let in_use =
@@ -184,6 +185,20 @@ impl Planner {
     }
 }
 
+impl Planner {
+    /// Takes over the ranges of service ports that there are; those of others go at once.
+    fn adopt_ranges(&mut self, ranges: Vec<SourceRangeKey>, stages: &mut Stages) {
+        for key in ranges {
+            self.image.ranges.entry(key.range.service).or_default().insert(key);
+        }
+        let orphaned: Vec<u32> =
+            self.image.ranges.keys().filter(|id| !self.adopted_ids.contains(id)).copied().collect();
+        for id in orphaned {
+            self.image.set_ranges(id, BTreeSet::new(), stages);
+        }
+    }
+}
+
 /// Ops that turn `actual` into `expected`, in the order of a plan.
 pub(super) fn difference(actual: &Actual, expected: &Actual) -> Vec<Op> {
     let mut ops = Vec::new();
@@ -207,11 +222,17 @@ pub(super) fn difference(actual: &Actual, expected: &Actual) -> Vec<Op> {
     ops.extend(changed(&have, &want).map(|(base, table)| Op::PutMaglev(base, table.clone())));
     let table_deletes: Vec<Op> = extra(&have, &want).map(Op::DeleteMaglev).collect();
 
+    let (have, want): (BTreeSet<_>, BTreeSet<_>) =
+        (actual.source_ranges.iter().collect(), expected.source_ranges.iter().collect());
+    let foreign: Vec<Op> = have.difference(&want).map(|key| Op::DeleteSourceRange(**key)).collect();
+    ops.extend(want.difference(&have).map(|key| Op::PutSourceRange(**key)));
+
     let (have, want) = (by_key(&actual.frontends), by_key(&expected.frontends));
     // Foreign entries first: they may fill the map, and nobody's traffic needs them.
     ops.extend(extra(&have, &want).map(Op::DeleteFrontend));
     ops.extend(changed(&have, &want).map(|(key, value)| Op::PutFrontend(key, *value)));
 
+    ends.extend(foreign);
     ends.extend(table_deletes);
     ends.extend(empties);
     ends.extend(frees);

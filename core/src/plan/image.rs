@@ -2,11 +2,12 @@
 //!
 //! Every change goes through here and leaves an [`Op`] in its stage, so the image and the ops cannot disagree.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef,
+    SourceRangeKey, frontend_flags,
 };
 
 use super::slots::Slots;
@@ -101,8 +102,14 @@ pub(super) struct Stages {
     backends: Vec<Op>,
     slots: Vec<Op>,
     tables: Vec<Op>,
+    /// Frontends that no longer ask a list of clients not served: before that list grows for others.
+    opened: Vec<Op>,
+    ranges: Vec<Op>,
     frontends: Vec<Op>,
     deletes: Vec<Op>,
+    range_deletes: Vec<Op>,
+    /// Frontends that begin to ask such a list: not before it has shrunk.
+    closed: Vec<Op>,
     table_deletes: Vec<Op>,
     empties: Vec<Op>,
     frees: Vec<Op>,
@@ -135,11 +142,15 @@ impl Stages {
             ops.append(&mut self.table_deletes);
         }
         ops.append(&mut self.tables);
+        ops.append(&mut self.opened);
+        ops.append(&mut self.ranges);
         if self.delete_first {
             ops.append(&mut self.deletes);
         }
         ops.append(&mut self.frontends);
         ops.append(&mut self.deletes);
+        ops.append(&mut self.range_deletes);
+        ops.append(&mut self.closed);
         ops.append(&mut self.table_deletes);
         ops.append(&mut self.empties);
         ops.append(&mut self.frees);
@@ -150,6 +161,9 @@ impl Stages {
 /// So many ids rest after their backend is gone before the first of them is given to another one, while there are others:
 /// connections that still know the old backend should not meet a new one under its id.
 const RESTING: usize = 1024;
+
+/// A frontend that asks a list of clients not served.
+const DENIES: u32 = frontend_flags::SOURCE_RANGES | frontend_flags::SOURCE_RANGES_DENY;
 
 /// See the module.
 #[derive(Debug)]
@@ -166,6 +180,8 @@ pub(super) struct Image {
     pub(super) blocks: BTreeMap<u32, Block>,
     pub(super) tables: HashMap<u32, Table>,
     pub(super) frontends: HashMap<FrontendKey, FrontendEntry>,
+    /// Source ranges by service port; none is empty.
+    pub(super) ranges: BTreeMap<u32, BTreeSet<SourceRangeKey>>,
     /// Backends that went away since somebody asked.
     pub(super) removed: Vec<Backend>,
 }
@@ -193,6 +209,7 @@ impl Image {
             blocks: BTreeMap::new(),
             tables: HashMap::new(),
             frontends: HashMap::new(),
+            ranges: BTreeMap::new(),
             removed: Vec::new(),
         }
     }
@@ -427,7 +444,14 @@ impl Image {
             self.count_refs(&before, false, stages);
         }
         self.frontends.entry(key).or_insert(FrontendEntry { value, owner: None, users: 0 }).value = value;
-        stages.frontends.push(Op::PutFrontend(key, value));
+        let denies = |value: FrontendValue| value.flags & DENIES == DENIES;
+        let restricts = |value: FrontendValue| value.flags & frontend_flags::SOURCE_RANGES != 0;
+        let stage = match before {
+            Some(before) if denies(before) && !restricts(value) => &mut stages.opened,
+            Some(before) if !restricts(before) && denies(value) => &mut stages.closed,
+            _ => &mut stages.frontends,
+        };
+        stage.push(Op::PutFrontend(key, value));
     }
 
     pub(super) fn delete_frontend(&mut self, key: FrontendKey, stages: &mut Stages) {
@@ -490,6 +514,25 @@ impl Image {
     pub(super) fn delete_table(&mut self, base: u32, stages: &mut Stages) {
         if self.tables.remove(&base).is_some() {
             stages.table_deletes.push(Op::DeleteMaglev(base));
+        }
+    }
+
+    // Source ranges.
+
+    pub(super) fn ranges_used(&self) -> usize {
+        self.ranges.values().map(BTreeSet::len).sum()
+    }
+
+    /// Makes these the ranges of a service port. New ones come before frontends are written and old ones go after it:
+    /// in between a list is the union of what it was and will be, so a client is treated as before or as after. Lists of
+    /// those served and of those not served are separate ([`kinesin_abi::SOURCE_RANGE_DENY`]), so that a change from one
+    /// to the other happens in the write of the frontend.
+    pub(super) fn set_ranges(&mut self, service: u32, wanted: BTreeSet<SourceRangeKey>, stages: &mut Stages) {
+        let held = self.ranges.remove(&service).unwrap_or_default();
+        stages.ranges.extend(wanted.difference(&held).map(|key| Op::PutSourceRange(*key)));
+        stages.range_deletes.extend(held.difference(&wanted).map(|key| Op::DeleteSourceRange(*key)));
+        if !wanted.is_empty() {
+            self.ranges.insert(service, wanted);
         }
     }
 

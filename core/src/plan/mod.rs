@@ -18,10 +18,10 @@ pub use service::keep_api_backends;
 
 use std::sync::Arc;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue};
+use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SourceRangeKey};
 
 /// One write to a map. A plan is a list of them in an order that leaves every prefix safe to meet by a packet:
-/// backends, then slots and tables, then frontends, then what nothing points at any more.
+/// backends, then slots, tables and source ranges, then frontends, then what nothing points at any more.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// Write a backend; all zero frees the id.
@@ -36,6 +36,10 @@ pub enum Op {
     DeleteFrontend(FrontendKey),
     /// Delete a Maglev table; a missing one is no error.
     DeleteMaglev(u32),
+    /// Write a source range.
+    PutSourceRange(SourceRangeKey),
+    /// Delete a source range; a missing one is no error.
+    DeleteSourceRange(SourceRangeKey),
 }
 
 /// What the kernel's maps hold, read back. Free backends and empty slots are left out.
@@ -49,6 +53,8 @@ pub struct Actual {
     pub backends: Vec<(BackendId, Backend)>,
     /// The Maglev tables.
     pub maglev: Vec<(u32, Arc<[BackendId]>)>,
+    /// The source ranges, with nothing beyond their prefixes ([`SourceRangeKey::masked`]).
+    pub source_ranges: Vec<SourceRangeKey>,
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, SLOT_EMPTY};
+use kinesin_abi::{Backend, BackendId, FrontendKey, SLOT_EMPTY, SourceRangeKey};
 
 use super::Op;
 
@@ -13,11 +13,13 @@ fn phase(op: &Op) -> u8 {
         Op::Backend(_, backend) if *backend != Backend::default() => 0,
         Op::Slot(_, id) if *id != SLOT_EMPTY => 1,
         Op::PutMaglev(..) => 2,
-        Op::DeleteFrontend(_) => 3,
-        Op::PutFrontend(..) => 4,
-        Op::DeleteMaglev(_) => 5,
-        Op::Slot(..) => 6,
-        Op::Backend(..) => 7,
+        Op::PutSourceRange(_) => 3,
+        Op::DeleteFrontend(_) => 4,
+        Op::PutFrontend(..) => 5,
+        Op::DeleteSourceRange(_) => 6,
+        Op::DeleteMaglev(_) => 7,
+        Op::Slot(..) => 8,
+        Op::Backend(..) => 9,
     }
 }
 
@@ -27,6 +29,7 @@ enum Place {
     Slot(u32),
     Maglev(u32),
     Frontend(FrontendKey),
+    SourceRange(SourceRangeKey),
 }
 
 fn place(op: &Op) -> Place {
@@ -35,6 +38,7 @@ fn place(op: &Op) -> Place {
         Op::Slot(slot, _) => Place::Slot(*slot),
         Op::PutMaglev(base, _) | Op::DeleteMaglev(base) => Place::Maglev(*base),
         Op::PutFrontend(key, _) | Op::DeleteFrontend(key) => Place::Frontend(*key),
+        Op::PutSourceRange(key) | Op::DeleteSourceRange(key) => Place::SourceRange(*key),
     }
 }
 
@@ -51,7 +55,9 @@ pub fn in_phases(plans: Vec<Vec<Op>>) -> Vec<Op> {
             flush(&mut batch, &mut all);
             written.clear();
         }
-        if mine.len() < plan.len() {
+        if mine.len() < plan.len() || depends_on_order(&plan) {
+            flush(&mut batch, &mut all);
+            written.clear();
             all.extend(plan);
         } else {
             written.extend(mine);
@@ -60,6 +66,17 @@ pub fn in_phases(plans: Vec<Vec<Op>>) -> Vec<Op> {
     }
     flush(&mut batch, &mut all);
     all
+}
+
+/// Whether frontends are written before source ranges, or after some were deleted: see `Stages`.
+fn depends_on_order(plan: &[Op]) -> bool {
+    let frontend = |op: &Op| matches!(op, Op::PutFrontend(..));
+    let first = plan.iter().position(frontend);
+    let last = plan.iter().rposition(frontend);
+    let put = plan.iter().rposition(|op| matches!(op, Op::PutSourceRange(_)));
+    let deleted = plan.iter().position(|op| matches!(op, Op::DeleteSourceRange(_)));
+    first.zip(put).is_some_and(|(first, put)| first < put)
+        || last.zip(deleted).is_some_and(|(last, deleted)| deleted < last)
 }
 
 fn flush(batch: &mut Vec<Op>, all: &mut Vec<Op>) {

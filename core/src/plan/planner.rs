@@ -1,6 +1,6 @@
 //! The planner as others see it: services come and go, ops come out.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -23,6 +23,8 @@ pub struct Limits {
     pub backends: u32,
     /// Entries of the hash of Maglev tables.
     pub maglev_tables: u32,
+    /// Entries of the source ranges trie.
+    pub source_ranges: u32,
     /// Entries of one table (`bpf-lb-maglev-table-size`): a prime.
     pub maglev_size: u32,
     /// `bpf-lb-maglev-hash-seed`
@@ -37,6 +39,7 @@ impl Default for Limits {
             slots: 262_144,
             backends: 65_536,
             maglev_tables: 65_536,
+            source_ranges: 65_536,
             maglev_size: MAGLEV_TABLE_SIZE,
             maglev_seed: HashSeed::default(),
         }
@@ -49,7 +52,7 @@ pub enum PlanError {
     /// A map has no room. Nothing was changed; trying again later makes sense (R27).
     #[error("the {table} map is full ({capacity} entries): raise {key} or remove services")]
     Full {
-        /// `frontends`, `slots`, `backends`, `maglev`
+        /// `frontends`, `slots`, `backends`, `maglev`, `ranges`
         table: &'static str,
         /// Its capacity.
         capacity: u32,
@@ -77,6 +80,8 @@ pub struct Stats {
     pub sets: usize,
     /// Maglev tables.
     pub maglev_tables: usize,
+    /// Source ranges.
+    pub source_ranges: usize,
     /// Frontends that a service wants and another one has.
     pub conflicts: usize,
 }
@@ -94,6 +99,7 @@ pub struct Stats {
 /// - The first service to claim a frontend keeps it. Others wait, in order, see [`Self::problems`], and get it when it
 ///   becomes free. Wildcards are shared.
 /// - Every prefix of the ops is safe: no frontend counts an empty slot, no slot holds a free backend.
+/// - While source ranges change, a client is treated as before or as after, never otherwise (R40).
 /// - The backends of `default/kubernetes` are never all taken away (R25).
 #[derive(Debug)]
 pub struct Planner {
@@ -205,6 +211,10 @@ impl Planner {
             self.image.delete_frontend(key, &mut stages);
         }
         self.adopted_ids.clear();
+        let stale: Vec<u32> = self.image.ranges.keys().filter(|id| !self.ids.contains(id)).copied().collect();
+        for id in stale {
+            self.image.set_ranges(id, BTreeSet::new(), &mut stages);
+        }
         self.image.end_adoption(&mut stages);
         self.image.sweep(&mut stages);
         stages.into_ops()
@@ -228,6 +238,7 @@ impl Planner {
             slots: self.image.slots().collect(),
             backends: self.image.backends().map(|(id, entry)| (id, entry.value)).collect(),
             maglev,
+            source_ranges: self.image.ranges.values().flatten().copied().collect::<BTreeSet<_>>().into_iter().collect(),
         }
     }
 
@@ -281,6 +292,7 @@ impl Planner {
             slots: image.allocator.capacity().saturating_sub(1).saturating_sub(image.allocator.left()) as usize,
             sets: image.blocks.len(),
             maglev_tables: image.tables.len(),
+            source_ranges: image.ranges_used(),
             conflicts: self.waiting.values().map(Vec::len).sum(),
         }
     }

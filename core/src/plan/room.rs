@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use kinesin_abi::{BackendId, FrontendKey, FrontendValue, SetRef};
+use kinesin_abi::{BackendId, FrontendKey, FrontendValue, SetRef, frontend_flags};
 
 use super::image::{BackendKey, Image};
-use super::service::{Wanted, key_of_ref};
+use super::service::{Record, Wanted, key_of_ref, ranges_of};
 use super::slots::order_for;
 use super::{PlanError, Planner};
 use crate::services::Compiled;
@@ -91,12 +91,33 @@ impl Planner {
         Ok(peak > capacity)
     }
 
+    /// Whether the ranges of this service fit beside all others and its own old ones.
+    pub(super) fn check_ranges(&self, record: &Record, mine: &[Wanted], compiled: &Compiled) -> Result<(), PlanError> {
+        let restricted = |wanted: &&Wanted| wanted.flags & frontend_flags::SOURCE_RANGES != 0;
+        let ports: BTreeSet<_> = mine.iter().filter(restricted).map(|wanted| &wanted.port).collect();
+        let new: usize = ports
+            .into_iter()
+            .map(|port| {
+                let id = record.ids.get(port).copied().or_else(|| {
+                    let mut mine = mine.iter().filter(|wanted| wanted.port == *port);
+                    mine.find_map(|wanted| self.adopted_id(&wanted.key))
+                });
+                let held = id.and_then(|id| self.image.ranges.get(&id));
+                let wanted = ranges_of(compiled, id.unwrap_or_default());
+                wanted.iter().filter(|key| !held.is_some_and(|held| held.contains(key))).count()
+            })
+            .sum();
+        let fits = new == 0 || self.image.ranges_used() + new <= self.image.limits.source_ranges as usize;
+        if fits { Ok(()) } else { Err(self.full("ranges")) }
+    }
+
     pub(super) fn full(&self, table: &'static str) -> PlanError {
         let limits = &self.image.limits;
         let (capacity, key) = match table {
             "frontends" => (limits.frontends, "bpf-lb-map-max"),
             "slots" => (limits.slots, "bpf-lb-map-max"),
             "backends" => (limits.backends, "bpf-lb-map-max"),
+            "ranges" => (limits.source_ranges, "bpf-lb-map-max"),
             _ => (limits.maglev_tables, "bpf-lb-maglev-map-max"),
         };
         PlanError::Full { table, capacity, key }
@@ -187,6 +208,19 @@ impl Planner {
             undo.push(Taken::Extended { base, from });
         }
         true
+    }
+
+    /// The members of a set that moves to this block, in the order that they have where it lies now: session affinity
+    /// knows them by their place.
+    pub(super) fn in_known_order(&self, set: &Members, base: u32) -> Vec<BackendId> {
+        let before = set.candidates.first().filter(|_| !set.candidates.contains(&base));
+        let Some(before) = before else { return set.ids.clone() };
+        let places: HashMap<BackendId, usize> =
+            self.image.content(*before).enumerate().map(|(place, id)| (id, place)).collect();
+        let mut members = set.ids.clone();
+        // New ones come last, in their own order.
+        members.sort_by_key(|id| places.get(id).copied().unwrap_or(usize::MAX));
+        members
     }
 
     fn new_block(&mut self, order: u8, undo: &mut Vec<Taken>) -> Option<u32> {

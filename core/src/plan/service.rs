@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use kinesin_abi::{
-    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SetRef, frontend_flags,
+    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SOURCE_RANGE_BITS,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, frontend_flags,
 };
 use smol_str::SmolStr;
 
@@ -103,6 +105,7 @@ impl Planner {
             record.wildcards.iter().filter(|key| !wildcards.contains(key)).copied().collect();
 
         stages.delete_first = self.check_frontends(&mine_keys, &wildcards, &dropped, &dropped_wildcards)?;
+        self.check_ranges(record, &mine, compiled)?;
         let Backends { ids, mut claims, new } = self.number_backends(&mine, compiled)?;
 
         // Members of each set that one of my frontends uses.
@@ -149,12 +152,22 @@ impl Planner {
         record.short = None;
 
         for (index, base) in &placed {
-            self.image.fill(*base, &sets[index].ids, &mut stages);
+            let members = self.in_known_order(&sets[index], *base);
+            self.image.fill(*base, &members, &mut stages);
             if sets[index].tabled {
                 self.image.put_table(*base, &mut stages);
             }
         }
+        let old_ports: Vec<u32> = record.ids.values().copied().collect();
         self.number_ports(record, &mine);
+        for id in old_ports.into_iter().filter(|id| !self.ids.contains(id)) {
+            self.image.set_ranges(id, BTreeSet::new(), &mut stages);
+        }
+        for (port, id) in &record.ids {
+            let restricted = |w: &Wanted| w.port == *port && w.flags & frontend_flags::SOURCE_RANGES != 0;
+            let ranges = if mine.iter().any(restricted) { ranges_of(compiled, *id) } else { BTreeSet::new() };
+            self.image.set_ranges(*id, ranges, &mut stages);
+        }
         for wanted in &mine {
             let set = |index: Option<usize>| match index.and_then(|index| placed.get(&index)) {
                 Some(base) => self.image.set_ref(*base),
@@ -286,14 +299,7 @@ impl Planner {
             if record.ids.contains_key(&wanted.port) {
                 continue;
             }
-            let adopted = self
-                .image
-                .frontends
-                .get(&wanted.key)
-                .filter(|entry| entry.unclaimed())
-                .map(|entry| entry.value.service)
-                .filter(|id| *id != 0 && !self.ids.contains(id));
-            if let Some(id) = adopted {
+            if let Some(id) = self.adopted_id(&wanted.key) {
                 self.ids.insert(id);
                 record.ids.insert(wanted.port.clone(), id);
             }
@@ -304,6 +310,12 @@ impl Planner {
                 record.ids.insert(wanted.port.clone(), id);
             }
         }
+    }
+
+    /// The id of an adopted frontend, unless somebody has it.
+    pub(super) fn adopted_id(&self, key: &FrontendKey) -> Option<u32> {
+        let entry = self.image.frontends.get(key).filter(|entry| entry.unclaimed())?;
+        Some(entry.value.service).filter(|id| *id != 0 && !self.ids.contains(id))
     }
 
     /// Ids go up and come back only after 2³² of them, so that state kept under an old id meets no new service.
@@ -333,6 +345,23 @@ impl Planner {
         record.wants = (!lost.is_empty()).then(|| Arc::new(compiled.clone()));
         record.waiting = lost.into_iter().collect();
     }
+}
+
+/// The service's ranges for one of its ports.
+pub(super) fn ranges_of(compiled: &Compiled, service: u32) -> BTreeSet<SourceRangeKey> {
+    let Some(ranges) = &compiled.source_ranges else { return BTreeSet::new() };
+    let deny = if ranges.deny { SOURCE_RANGE_DENY } else { 0 };
+    let key = |network: &IpNet| {
+        let v4 = network.addr().is_ipv4();
+        let range = SourceRange {
+            service,
+            list: deny | if v4 { 0 } else { SOURCE_RANGE_IPV6 },
+            addr: network.network().into(),
+        };
+        let prefix_len = SOURCE_RANGE_BITS + if v4 { 96 } else { 0 } + u32::from(network.prefix_len());
+        SourceRangeKey { prefix_len, range }
+    };
+    ranges.networks.iter().map(key).collect()
 }
 
 pub(super) fn key_of_ref(backend: &BackendRef) -> BackendKey {

@@ -1,6 +1,6 @@
 //! The rules by which a Service becomes frontends and backend sets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kinesin_abi::{FrontendKind, frontend_flags as flags, proto};
@@ -8,7 +8,7 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend};
+use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, exposure, ranges, topology};
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
@@ -38,9 +38,9 @@ pub enum Algorithm {
 pub struct NodeContext {
     /// The Node's name; an endpoint with this `nodeName` is local.
     pub name: SmolStr,
-    /// The Node's `topology.kubernetes.io/zone`; for topology hints (not read yet).
+    /// The Node's `topology.kubernetes.io/zone`; for topology hints.
     pub zone: SmolStr,
-    /// The Node's labels; for the node-exposure annotations (not read yet).
+    /// The Node's labels; for the node-exposure annotations.
     pub labels: StringMap,
     /// Addresses of this node on which NodePorts are served.
     pub node_port_addresses: Vec<IpAddr>,
@@ -56,6 +56,11 @@ pub struct NodeContext {
     pub default_lb_ipam: bool,
     /// `bpf-lb-external-clusterip`: ClusterIPs may be reached from outside.
     pub external_cluster_ip: bool,
+    /// `enable-service-topology`: hints of EndpointSlices are used by the Services that ask for it.
+    pub service_topology: bool,
+    /// `bpf-lb-source-range-all-types`: source ranges restrict all frontends of a Service, not only its load balancer's
+    /// addresses.
+    pub source_range_all_types: bool,
 }
 
 impl Default for NodeContext {
@@ -72,13 +77,17 @@ impl Default for NodeContext {
             proxy_name: SmolStr::default(),
             default_lb_ipam: true,
             external_cluster_ip: false,
+            service_topology: false,
+            source_range_all_types: false,
         }
     }
 }
 
 /// What `service` means on this node, given all of its slices (in any order).
 ///
-/// Nothing comes out of headless and ExternalName Services and of those that name another proxy. Otherwise, for each port:
+/// Nothing comes out of headless and ExternalName Services, of those that name another proxy, and of those whose
+/// annotations `service.cilium.io/node-selector` or `/node` leave this node out; `service.cilium.io/type` leaves one kind
+/// of frontend, and external IPs. Otherwise, for each port:
 ///
 /// | Frontend | Addresses | Backends from outside | Backends from the cluster |
 /// |---|---|---|---|
@@ -94,6 +103,12 @@ impl Default for NodeContext {
 /// Each ClusterIP and LoadBalancer address also gets one wildcard frontend (port 0, protocol 0) when the Service's class
 /// is ours: it drops what comes to other ports of the address.
 ///
+/// With `service_topology`, a Service with `spec.trafficDistribution` or topology annotation uses only the backends that
+/// are hinted for this zone or node, where every one has such a hint and one is ours; `Local` policies come first.
+///
+/// `spec.loadBalancerSourceRanges` restrict clients outside the cluster at LoadBalancer addresses
+/// ([`Compiled::source_ranges`]). A list without any network serves nobody outside.
+///
 /// When one address and port has several reasons to exist in this Service, the first of the table wins. Nothing here
 /// panics; what cannot be used is left out and named in [`Compiled::problems`]. The result depends on the objects'
 /// content only, not on the order of slices, so equal results mean that nothing has to be written.
@@ -101,11 +116,19 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
     if !is_ours(service, node) {
         return Compiled::default();
     }
+    let mut problems = Problems::default();
+    if !exposure::on_this_node(service, node, &mut problems) {
+        return Compiled { problems: problems.finish(), ..Compiled::default() };
+    }
     let slices: Vec<&EndpointSlice> = slices.collect();
-    let mut builder =
-        Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, problems: Problems::default() };
+    let ranges = ranges::source_ranges(service, &mut problems);
+    let mut builder = Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, ranges, problems };
     builder.affinity = builder.affinity_timeout();
-    let addresses = builder.addresses();
+    let prefer = topology::preference(service, node, &mut builder.problems);
+    let mut addresses = builder.addresses();
+    if let Some(only) = exposure::only_kind(service, &mut builder.problems) {
+        addresses.retain(|(_, kind)| *kind == only || *kind == FrontendKind::ExternalIps);
+    }
     for (index, port) in service.spec.ports.iter().enumerate() {
         let Some(proto) = endpoints::protocol(&port.protocol) else {
             builder.problems.note(format!(
@@ -118,8 +141,10 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
             builder.problems.note(format!("spec.ports[{index}].port: is missing or 0; use 1 to 65535"));
             continue;
         }
-        let all = endpoints::gather(&PortRef { name: &port.name, proto }, &slices, node, &mut builder.problems);
-        let mut sets = PortSets { all: &all, known: [None; 4] };
+        let port_ref = PortRef { name: &port.name, proto };
+        let (all, hints) = endpoints::gather(&port_ref, &slices, node, &mut builder.problems);
+        let near = [false, true].map(|v4| topology::near(&all, &hints, prefer, v4));
+        let mut sets = PortSets { all: &all, near, known: [None; 4] };
         for &(addr, kind) in &addresses {
             let number = if kind == FrontendKind::NodePort { port.node_port } else { port.port };
             if number != 0 {
@@ -128,13 +153,13 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
         }
     }
     builder.wildcards(&addresses);
-    if !service.spec.load_balancer_source_ranges.is_empty() && service.spec.kind == ServiceType::LoadBalancer {
-        builder.problems.note(
-            "spec.loadBalancerSourceRanges: not enforced by this version, every client is let in; restrict clients elsewhere"
-                .to_owned(),
-        );
+    let applies = builder.out.values().any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0);
+    Compiled {
+        frontends: builder.out.into_values().collect(),
+        sets: builder.sets,
+        source_ranges: builder.ranges.filter(|_| applies),
+        problems: builder.problems.finish(),
     }
-    Compiled { frontends: builder.out.into_values().collect(), sets: builder.sets, problems: builder.problems.finish() }
 }
 
 /// Whether this proxy programs the Service at all.
@@ -157,12 +182,15 @@ struct Builder<'a> {
     out: BTreeMap<(IpAddr, u16, u8), Frontend>,
     sets: Vec<BackendSet>,
     affinity: u32,
+    ranges: Option<SourceRanges>,
     problems: Problems,
 }
 
 /// The sets of one port, each made when the first frontend needs it.
 struct PortSets<'a> {
     all: &'a [BackendRef],
+    /// By family, IPv6 first: the only ones to be used, where hints say so.
+    near: [Option<HashSet<(IpAddr, u16)>>; 2],
     /// By family and policy.
     known: [Option<usize>; 4],
 }
@@ -307,6 +335,10 @@ impl Builder<'_> {
         set_if(external_local, flags::EXTERNAL_LOCAL);
         set_if(internal_local, flags::INTERNAL_LOCAL);
         set_if(self.affinity > 0, flags::AFFINITY);
+        let restricted = kind == FrontendKind::LoadBalancer || self.node.source_range_all_types;
+        let ranges = self.ranges.as_ref().filter(|_| restricted);
+        set_if(ranges.is_some(), flags::SOURCE_RANGES);
+        set_if(ranges.is_some_and(|ranges| ranges.deny), flags::SOURCE_RANGES_DENY);
         // Only sockets meet the surrogate addresses, and they choose at random.
         let tabled = self.node.algorithm == Algorithm::Maglev && routable && !addr.is_unspecified();
         set_if(tabled, flags::MAGLEV);
@@ -333,9 +365,14 @@ impl Builder<'_> {
         if let Some(index) = *known {
             return index;
         }
-        // Later rules (topology hints, annotations) narrow the candidates here, before the traffic policy does.
+        let near = port.near[usize::from(v4)].as_ref();
         let set = endpoints::select(port.all, |backend| {
-            backend.addr.is_ipv4() == v4 && (!local || backend.local || backend.node.is_empty())
+            backend.addr.is_ipv4() == v4
+                && if local {
+                    backend.local || backend.node.is_empty()
+                } else {
+                    near.is_none_or(|near| near.contains(&(backend.addr, backend.port)))
+                }
         });
         let index = self.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
             self.sets.push(set);

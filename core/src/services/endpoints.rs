@@ -8,6 +8,7 @@ use kinesin_abi::BackendState;
 use smol_str::SmolStr;
 
 use super::problems::Problems;
+use super::topology::Hints;
 use super::{BackendRef, BackendSet, NodeContext};
 use crate::objects::{EndpointConditions, EndpointSlice, Object};
 
@@ -19,7 +20,8 @@ pub(super) struct PortRef<'a> {
     pub(super) proto: u8,
 }
 
-/// All backends of one service port in both families, whatever their state, in order of address and port.
+/// All backends of one service port in both families, whatever their state, in order of address and port, and the hints
+/// of each.
 ///
 /// Slices are matched by the **name and protocol** of their ports, never by number: each slice may resolve a named
 /// `targetPort` differently. An endpoint that several slices list counts once, in its best state, as during the moment
@@ -29,8 +31,8 @@ pub(super) fn gather(
     slices: &[&EndpointSlice],
     node: &NodeContext,
     problems: &mut Problems,
-) -> Vec<BackendRef> {
-    let mut found: BTreeMap<(IpAddr, u16), BackendRef> = BTreeMap::new();
+) -> (Vec<BackendRef>, Vec<Hints>) {
+    let mut found: BTreeMap<(IpAddr, u16), (BackendRef, Hints)> = BTreeMap::new();
     for slice in slices {
         let want_v4 = match slice.address_type.as_str() {
             "IPv4" => Some(true),
@@ -101,18 +103,19 @@ pub(super) fn gather(
                     node: node_name,
                     zone: endpoint.zone.clone().unwrap_or_default(),
                 };
+                let hints = Hints::of(endpoint.hints.as_deref(), node);
                 found
                     .entry((addr, number))
                     .and_modify(|known| {
-                        if rank(&candidate) < rank(known) {
-                            *known = candidate.clone();
+                        if rank(&candidate) < rank(&known.0) {
+                            *known = (candidate.clone(), hints);
                         }
                     })
-                    .or_insert(candidate);
+                    .or_insert((candidate, hints));
             }
         }
     }
-    found.into_values().collect()
+    found.into_values().unzip()
 }
 
 /// Which of two listings of the same endpoint wins: better state, then local, then the lesser names, so that the order of

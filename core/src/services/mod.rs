@@ -6,8 +6,11 @@
 
 mod compile;
 mod endpoints;
+mod exposure;
 mod index;
 mod problems;
+mod ranges;
+mod topology;
 mod view;
 
 pub use compile::{Algorithm, NodeContext, compile};
@@ -17,6 +20,7 @@ pub use view::{address_text, view};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use kinesin_abi::{BackendState, FrontendKind};
 use serde::Serialize;
 use smol_str::SmolStr;
@@ -30,8 +34,19 @@ pub struct Compiled {
     pub frontends: Vec<Frontend>,
     /// Backend sets that the frontends refer to by index; equal sets are stored once.
     pub sets: Vec<BackendSet>,
+    /// Who may connect to the frontends flagged [`kinesin_abi::frontend_flags::SOURCE_RANGES`]; none where all may.
+    pub source_ranges: Option<SourceRanges>,
     /// Parts of the object that could not be used, each naming the field and the fix.
     pub problems: Vec<String>,
+}
+
+/// `spec.loadBalancerSourceRanges`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceRanges {
+    /// The networks are those of the clients that are not served.
+    pub deny: bool,
+    /// Networks without host bits, sorted. None at all with `deny` false serves nobody outside.
+    pub networks: Vec<IpNet>,
 }
 
 /// One address and port of a Service.

@@ -9,19 +9,25 @@
 #![cfg_attr(not(feature = "user"), no_std)]
 
 mod addr;
+mod affinity;
 mod drop;
 mod flow;
 mod hash;
+mod range;
 mod service;
 mod settings;
 
 pub use addr::{Addr, Be16};
+pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
     FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, SocketKey, SocketValue, TCP_SEEN_FIN,
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
 };
 pub use hash::maglev_index;
+pub use range::{
+    SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
+};
 pub use service::{
     BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, SLOT_EMPTY, SetRef,
     frontend_flags,

@@ -72,6 +72,8 @@ pub mod frontend_flags {
     pub const AFFINITY: u32 = 1 << 8;
     /// `loadBalancerSourceRanges` apply.
     pub const SOURCE_RANGES: u32 = 1 << 9;
+    /// The ranges are those of the clients that are not served, not of those that are.
+    pub const SOURCE_RANGES_DENY: u32 = 1 << 10;
 }
 
 /// Why a frontend exists.

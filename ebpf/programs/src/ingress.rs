@@ -1,11 +1,12 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    BACKEND_LOCAL, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags,
+    AffinityKey, BACKEND_LOCAL, Backend, BackendId, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    FrontendValue, frontend_flags,
 };
 
 use crate::{
-    arp,
+    affinity, arp,
     flows::{self, Opening},
     lookup,
     packet::{self, Packet, Unparsed},
@@ -92,6 +93,9 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     if frontend.flags & frontend_flags::ROUTABLE == 0 {
         return Err(DropReason::IsClusterIp);
     }
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 && !lookup::serves_client(frontend, packet.flow.src) {
+        return Err(DropReason::SourceRange);
+    }
     if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
@@ -99,7 +103,7 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
         lookup::count(DropReason::NoBackend as u8, Direction::Ingress, skb.len());
         return reject::port_unreachable(skb, packet, link);
     }
-    let (id, backend) = lookup::select(frontend, &packet.flow).ok_or(DropReason::NoBackend)?;
+    let (id, backend) = choose(frontend, packet).ok_or(DropReason::NoBackend)?;
     let redirect = backend.flags & BACKEND_LOCAL == 0;
     let mut source = packet.flow.src;
     let mut route = Route::NONE;
@@ -114,6 +118,21 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
     rewrite::translate(skb, packet, &to, redirect)?;
     if redirect { Ok(Verdict::Sent(route::send(skb, &route))) } else { Ok(Verdict::Translated) }
+}
+
+/// The backend that the client is bound to, else any.
+#[inline(always)]
+fn choose(frontend: &FrontendValue, packet: &Packet) -> Option<(BackendId, &'static Backend)> {
+    if frontend.flags & frontend_flags::AFFINITY == 0 {
+        return lookup::select(frontend, &packet.flow).map(|chosen| (chosen.id, chosen.backend));
+    }
+    let client = AffinityKey { client: packet.flow.src, service: frontend.service, flags: 0 };
+    if let Some(bound) = affinity::recall(frontend, frontend.external, &client) {
+        return Some(bound);
+    }
+    let chosen = lookup::select(frontend, &packet.flow)?;
+    affinity::remember(&client, &chosen);
+    Some((chosen.id, chosen.backend))
 }
 
 /// A packet from the node out of a device: only replies of local backends are ours.

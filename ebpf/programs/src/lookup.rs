@@ -1,13 +1,13 @@
 //! Services, settings, devices and counters. With `flows` the only code that touches maps.
 
-use aya_ebpf::helpers::generated as h;
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SocketKey, SocketValue, drop_slot, frontend_flags,
-    maglev_index, proto,
+    FrontendValue, L2Key, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings,
+    SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
 };
 
-use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, SETTINGS, SLOTS, SOCKETS};
+use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, SETTINGS, SLOTS, SOCKETS};
 use crate::packet::Packet;
 
 /// How often a selection tries again when it meets a slot that is being rewritten.
@@ -43,6 +43,18 @@ pub fn frontend(flow: &FlowKey) -> Result<Option<&'static FrontendValue>, DropRe
     }
 }
 
+/// Whether a client outside is one that the service serves.
+#[inline(always)]
+pub fn serves_client(frontend: &FrontendValue, client: Addr) -> bool {
+    let deny = frontend.flags & frontend_flags::SOURCE_RANGES_DENY != 0;
+    let mut list = if deny { SOURCE_RANGE_DENY } else { 0 };
+    if !client.is_v4() {
+        list |= SOURCE_RANGE_IPV6;
+    }
+    let range = SourceRange { service: frontend.service, list, addr: client };
+    RANGES.get(&Key::new(SOURCE_RANGE_ALL_BITS, range)).is_some() != deny
+}
+
 /// A backend by id, unless the id is free.
 #[inline(always)]
 pub fn backend(id: BackendId) -> Option<&'static Backend> {
@@ -52,23 +64,32 @@ pub fn backend(id: BackendId) -> Option<&'static Backend> {
     BACKENDS.get(id).filter(|backend| backend.state != BackendState::Free as u8)
 }
 
+/// A member of a set.
+#[derive(Clone, Copy)]
+pub struct Chosen {
+    pub id: BackendId,
+    pub backend: &'static Backend,
+    /// Where in the set it is, as far as is known.
+    pub position: u32,
+}
+
 /// Chooses from a set at random.
 #[inline(always)]
-pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
+pub fn select_random(set: SetRef) -> Option<Chosen> {
     // An empty set has no slots of its own: its base is another set's.
     if set.count == 0 {
         return None;
     }
-    let mut slot = random_below(set.count);
+    let mut position = random_below(set.count);
     for attempt in 0..TRIES {
-        if let Some(&id) = SLOTS.get(set.base.wrapping_add(slot))
+        if let Some(&id) = SLOTS.get(set.base.wrapping_add(position))
             && let Some(backend) = backend(id)
         {
-            return Some((id, backend));
+            return Some(Chosen { id, backend, position });
         }
         // Met a set in the middle of a rewrite: walk from its start.
-        slot = attempt;
-        if slot >= set.count {
+        position = attempt;
+        if position >= set.count {
             break;
         }
     }
@@ -77,17 +98,20 @@ pub fn select_random(set: SetRef) -> Option<(BackendId, &'static Backend)> {
 
 /// Chooses from a set for a packet, by Maglev where the service says so and its table is there.
 #[inline(always)]
-pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<(BackendId, &'static Backend)> {
+pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
     let set = frontend.external;
     if frontend.flags & frontend_flags::MAGLEV != 0 && set.count != 0 {
         let seed = settings().map_or(0, |settings| settings.maglev_seed);
         // SAFETY: the table is an array, whose element stays in place.
         if let Some(table) = unsafe { MAGLEV.get_value(&set.base, &0) } {
-            let index = maglev_index(&flow.src, flow.sport, flow.dport, flow.proto, seed);
+            // With affinity all connections of a client go to one backend, also through a node that does not know the
+            // client yet.
+            let sport = if frontend.flags & frontend_flags::AFFINITY != 0 { Be16::new(0) } else { flow.sport };
+            let index = maglev_index(&flow.src, sport, flow.dport, flow.proto, seed);
             // SAFETY: the index is below the table's size, and the padding lets the verifier see it.
             let id = unsafe { *table.ids.as_ptr().add(index as usize) };
             if let Some(backend) = backend(id) {
-                return Some((id, backend));
+                return Some(Chosen { id, backend, position: 0 });
             }
         }
     }

@@ -8,6 +8,7 @@
 // The macros' outer functions take the context as a raw pointer.
 #![allow(clippy::not_unsafe_ptr_arg_deref)]
 
+mod affinity;
 mod arp;
 mod flows;
 mod ingress;

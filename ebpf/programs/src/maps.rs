@@ -2,12 +2,12 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, HashOfMaps, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use kinesin_abi::{
-    Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key,
-    L2Value, MaglevTable, Settings, SocketKey, SocketValue,
+    AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue,
+    FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings, SocketKey, SocketValue, SourceRange,
 };
 
 use crate::packet::Packet;
@@ -37,6 +37,14 @@ pub static FLOWS: LruHashMap<FlowKey, FlowValue, 131072> = LruHashMap::new();
 /// Translated sockets: what the application asked for.
 #[btf_map]
 pub static SOCKETS: LruHashMap<SocketKey, SocketValue, 65536> = LruHashMap::new();
+
+/// Which backend a client was given, of services with session affinity.
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 65536> = LruHashMap::new();
+
+/// Networks whose clients a service serves, or does not.
+#[btf_map]
+pub static RANGES: LpmTrie<SourceRange, u32, 65536> = LpmTrie::new();
 
 /// Addresses answered for on the LAN.
 #[btf_map]

@@ -4,9 +4,12 @@
 //! sockets. Deliberately absent: Maglev, which serves connections that move between nodes.
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated as h};
-use kinesin_abi::{Addr, Be16, FrontendKind, FrontendValue, SocketKey, SocketValue, frontend_flags, proto};
+use kinesin_abi::{
+    Addr, AffinityKey, Backend, BackendId, Be16, FrontendKind, FrontendValue, SocketKey, SocketValue, frontend_flags,
+    proto,
+};
 
-use crate::lookup;
+use crate::{affinity, lookup};
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
@@ -117,11 +120,28 @@ fn translate(ctx: Context, to: Destination) -> Result<Option<Destination>, NoBac
         return Ok(None);
     }
     let Some(frontend) = frontend(to, protocol) else { return Ok(None) };
-    let (id, backend) = lookup::select_random(frontend.internal).ok_or(NoBackend)?;
+    let (id, backend) = choose(ctx, frontend).ok_or(NoBackend)?;
     let key = socket_key(ctx, backend.addr, backend.port, protocol);
     let backend = Destination { addr: backend.addr, port: backend.port };
     lookup::remember_socket(&key, &SocketValue { addr: to.addr, port: to.port, pad: 0, backend: id });
     Ok(Some(backend))
+}
+
+/// The backend that the socket's network namespace is bound to, else any.
+#[inline(always)]
+fn choose(ctx: Context, frontend: &FrontendValue) -> Option<(BackendId, &'static Backend)> {
+    if frontend.flags & frontend_flags::AFFINITY == 0 {
+        return lookup::select_random(frontend.internal).map(|chosen| (chosen.id, chosen.backend));
+    }
+    // SAFETY: the program's context.
+    let cookie = unsafe { h::bpf_get_netns_cookie(ctx.cast()) };
+    let client = AffinityKey::of_netns(cookie, frontend.service);
+    if let Some(bound) = affinity::recall(frontend, frontend.internal, &client) {
+        return Some(bound);
+    }
+    let chosen = lookup::select_random(frontend.internal)?;
+    affinity::remember(&client, &chosen);
+    Some((chosen.id, chosen.backend))
 }
 
 /// The frontend of a destination. Loopback addresses lead to NodePorts, as they do with kube-proxy.

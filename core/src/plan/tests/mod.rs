@@ -8,7 +8,10 @@ mod rules;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef};
+use kinesin_abi::{
+    Addr, Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SOURCE_RANGE_DENY, SetRef, SourceRange,
+    SourceRangeKey, frontend_flags,
+};
 use smol_str::{SmolStr, format_smolstr};
 
 use super::{Actual, Limits, Op, Planner};
@@ -26,6 +29,7 @@ fn limits() -> Limits {
         slots: 1024,
         backends: 256,
         maglev_tables: 128,
+        source_ranges: 256,
         maglev_size: 13,
         maglev_seed: HashSeed::default(),
     }
@@ -42,6 +46,7 @@ struct Maps {
     slots: BTreeMap<u32, BackendId>,
     backends: BTreeMap<BackendId, Backend>,
     maglev: BTreeMap<u32, Arc<[BackendId]>>,
+    ranges: BTreeSet<SourceRangeKey>,
 }
 
 impl Maps {
@@ -51,6 +56,7 @@ impl Maps {
             slots: actual.slots.into_iter().collect(),
             backends: actual.backends.into_iter().collect(),
             maglev: actual.maglev.into_iter().collect(),
+            ranges: actual.source_ranges.into_iter().collect(),
         }
     }
 
@@ -60,6 +66,7 @@ impl Maps {
             slots: self.slots.clone().into_iter().collect(),
             backends: self.backends.clone().into_iter().collect(),
             maglev: self.maglev.clone().into_iter().collect(),
+            source_ranges: self.ranges.iter().copied().collect(),
         }
     }
 
@@ -73,6 +80,8 @@ impl Maps {
             Op::PutFrontend(key, value) => drop(self.frontends.insert(*key, *value)),
             Op::DeleteFrontend(key) => drop(self.frontends.remove(key)),
             Op::DeleteMaglev(base) => drop(self.maglev.remove(base)),
+            Op::PutSourceRange(key) => drop(self.ranges.insert(*key)),
+            Op::DeleteSourceRange(key) => drop(self.ranges.remove(key)),
         }
     }
 
@@ -80,14 +89,50 @@ impl Maps {
         ops.iter().for_each(|op| self.apply(op));
     }
 
-    /// Applies the ops one by one; after each, a packet may arrive.
+    /// Applies the ops one by one; after each, a packet may arrive. R40: whoever is served before and after is served in
+    /// between, and nobody is who is served neither before nor after.
     fn apply_safely(&mut self, ops: &[Op]) {
+        let before = self.served();
+        let mut steps = Vec::new();
         for (done, op) in ops.iter().enumerate() {
             self.apply(op);
             if let Err(problem) = self.check() {
                 panic!("after op {done} {op:?} of {ops:#?}: {problem}");
             }
+            steps.push(self.served());
         }
+        let after = self.served();
+        for (done, step) in steps.iter().enumerate() {
+            for (key, served) in step {
+                let allowed = [before.get(key), after.get(key)];
+                for (client, served) in served.iter().enumerate() {
+                    let known = allowed.iter().any(|then| then.is_none_or(|then| then[client] == *served));
+                    assert!(known, "client {client} of {key:?} after op {done} of {ops:#?}");
+                }
+            }
+        }
+    }
+
+    /// Whether each of [`CLIENTS`] is served, by frontend.
+    fn served(&self) -> BTreeMap<FrontendKey, Vec<bool>> {
+        let frontends = self.frontends.iter();
+        frontends.map(|(key, value)| (*key, CLIENTS.map(|client| self.serves(value, client)).to_vec())).collect()
+    }
+
+    /// As the programs decide it.
+    fn serves(&self, frontend: &FrontendValue, client: std::net::IpAddr) -> bool {
+        if frontend.flags & frontend_flags::SOURCE_RANGES == 0 {
+            return true;
+        }
+        let deny = frontend.flags & frontend_flags::SOURCE_RANGES_DENY != 0;
+        let family = if client.is_ipv4() { 0 } else { kinesin_abi::SOURCE_RANGE_IPV6 };
+        let list = family | if deny { SOURCE_RANGE_DENY } else { 0 };
+        let range = SourceRange { service: frontend.service, list, addr: Addr::from(client) };
+        let listed = self.ranges.iter().any(|key| {
+            let client = SourceRangeKey { prefix_len: key.prefix_len, range };
+            client.masked() == key.masked()
+        });
+        listed != deny
     }
 
     /// No packet meets an empty slot or a free backend.
@@ -138,11 +183,17 @@ impl Maps {
                     external: self.set(value.external),
                     internal: self.set(value.internal),
                     tables: [table(value.external), table(value.internal)],
+                    served: CLIENTS.map(|client| self.serves(value, client)),
                 };
                 (*key, seen)
             })
             .collect();
-        Meaning { frontends, backends: self.backends.values().copied().collect(), slots: self.slots.len() }
+        Meaning {
+            frontends,
+            backends: self.backends.values().copied().collect(),
+            slots: self.slots.len(),
+            ranges: self.ranges.len(),
+        }
     }
 }
 
@@ -151,6 +202,7 @@ struct Meaning {
     frontends: BTreeMap<FrontendKey, FrontendMeaning>,
     backends: BTreeSet<Backend>,
     slots: usize,
+    ranges: usize,
 }
 
 #[derive(Debug, PartialEq)]
@@ -161,6 +213,7 @@ struct FrontendMeaning {
     external: BTreeSet<Backend>,
     internal: BTreeSet<Backend>,
     tables: [Vec<Backend>; 2],
+    served: [bool; CLIENTS.len()],
 }
 
 /// A service in the short form that tests write and properties generate.
@@ -177,7 +230,23 @@ struct Spec {
     external_local: bool,
     internal_local: bool,
     maglev: bool,
+    /// Indices of [`RANGES`].
+    ranges: BTreeSet<usize>,
+    deny: bool,
+    all_types: bool,
 }
+
+/// Source ranges that contain each other, of both families, and one that is none.
+const RANGES: [&str; 6] = ["0.0.0.0/0", "198.51.100.0/24", "198.51.100.7/32", "203.0.113.0/28", "::/0", "anybody"];
+
+/// Clients inside and outside of them.
+const CLIENTS: [std::net::IpAddr; 5] = [
+    std::net::IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 7)),
+    std::net::IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 8)),
+    std::net::IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 15)),
+    std::net::IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 16)),
+    std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+];
 
 /// Pod 10.42.0.`ip`; on this node where it is even.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -235,6 +304,10 @@ impl Spec {
             .iter()
             .map(|vip| IngressEntry { ip: format_smolstr!("192.0.2.{vip}"), ..IngressEntry::default() })
             .collect();
+        service.spec.load_balancer_source_ranges = self.ranges.iter().map(|range| RANGES[*range].into()).collect();
+        if self.deny {
+            service.metadata.annotations.insert("service.cilium.io/src-ranges-policy".into(), "deny".into());
+        }
         let slice = EndpointSlice {
             metadata: Meta { name: "slice".into(), ..Meta::default() },
             address_type: "IPv4".into(),
@@ -267,6 +340,7 @@ impl Spec {
             node_port_addresses: vec![[192, 168, 1, 1].into()],
             algorithm: if self.maglev { Algorithm::Maglev } else { Algorithm::Random },
             ipv6: false,
+            source_range_all_types: self.all_types,
             ..NodeContext::default()
         };
         compile(&service, [&slice].into_iter(), &node)

@@ -25,9 +25,13 @@ prop_compose! {
         external_local: bool,
         internal_local in prop::bool::weighted(0.3),
         maglev: bool,
+        ranges in prop::option::of(prop::collection::btree_set(0usize..super::RANGES.len(), 0..4)),
+        deny: bool,
+        all_types in prop::bool::weighted(0.3),
     ) -> Spec {
         let ports = ports.into_iter().map(|port| 80 + 10 * service as u16 + port).collect();
-        Spec { ip: service as u8 + 1, vip, node_port, ports, pods, external_local, internal_local, maglev }
+        let ranges = ranges.unwrap_or_default();
+        Spec { ip: service as u8 + 1, vip, node_port, ports, pods, external_local, internal_local, maglev, ranges, deny, all_types }
     }
 }
 
@@ -61,7 +65,7 @@ fn assert_ids_are_unique(maps: &Maps, services: &BTreeMap<usize, Spec>) {
 
 prop_compose! {
     fn garbage_value()(
-        flags in 0u32..1024,
+        flags in 0u32..2048,
         service in prop_oneof![0u32..4, Just(u32::MAX), any::<u32>()],
         base in prop_oneof![0u32..40, any::<u32>()],
         count in prop_oneof![0u32..6, any::<u32>()],
@@ -77,6 +81,7 @@ prop_compose! {
         frontends in vec(((0u8..4, 80u16..84, 0u8..20), garbage_value()), 0..12),
         slots in vec((prop_oneof![0u32..48, any::<u32>()], prop_oneof![1u32..12, any::<u32>()]), 0..60),
         backends in vec((prop_oneof![0u32..12, any::<u32>()], 0u8..12, 0u8..7), 0..14),
+        ranges in vec((prop_oneof![60u32..200, any::<u32>()], prop_oneof![0u32..5, any::<u32>()], 0u32..5, 0u8..3), 0..6),
         maglev in vec((0u32..48, prop_oneof![vec(0u32..12, 13), vec(0u32..12, 0..4usize)]), 0..4),
     ) -> Actual {
         let key = |(ip, port, proto): (u8, u16, u8)| FrontendKey {
@@ -91,6 +96,10 @@ prop_compose! {
             backends: backends.into_iter().map(|(id, ip, state)| (id, Backend {
                 addr: std::net::IpAddr::from([10, 42, 0, ip]).into(), port: kinesin_abi::Be16::new(80), proto: 6, state, flags: 0,
             })).collect(),
+            source_ranges: ranges.into_iter().map(|(prefix_len, service, list, ip)| kinesin_abi::SourceRangeKey {
+                prefix_len,
+                range: kinesin_abi::SourceRange { service, list, addr: std::net::IpAddr::from([198, 51, 100, ip]).into() },
+            }.masked()).collect(),
             maglev: maglev.into_iter().map(|(base, table)| (base, table.into())).collect(),
         }
     }
@@ -222,6 +231,7 @@ proptest! {
             tampered.frontends = tampered.frontends.into_iter().enumerate().filter(|(i, _)| *i != nth).map(|(_, e)| e).collect();
             tampered.slots = tampered.slots.into_iter().enumerate().filter(|(i, _)| *i != nth / 2).map(|(_, e)| e).collect();
             tampered.backends = tampered.backends.into_iter().enumerate().filter(|(i, _)| *i != nth / 3).map(|(_, e)| e).collect();
+            tampered.ranges = tampered.ranges.into_iter().enumerate().filter(|(i, _)| *i != nth / 4).map(|(_, e)| e).collect();
             tampered.maglev = tampered.maglev.into_iter().enumerate().filter(|(i, _)| *i != nth / 9).map(|(_, e)| e).collect();
         }
         let injected = possible(injected);
@@ -229,15 +239,16 @@ proptest! {
         tampered.slots.extend(injected.slots);
         tampered.backends.extend(injected.backends);
         tampered.maglev.extend(injected.maglev);
+        tampered.ranges.extend(injected.ranges);
         tampered.apply_all(&planner.repair(&tampered.actual()));
         prop_assert_eq!(tampered, maps);
     }
 
     #[test]
     fn r27_a_full_map_refuses_whole_services_and_recovers(
-        edits in vec(edit(), 1..20), frontends in 4u32..30, slots in 4u32..40, backends in 2u32..20, maglev_tables in 0u32..4,
+        edits in vec(edit(), 1..20), frontends in 4u32..30, slots in 4u32..40, backends in 2u32..20, maglev_tables in 0u32..4, source_ranges in 0u32..12,
     ) {
-        let limits = Limits { frontends, slots, backends, maglev_tables, ..limits() };
+        let limits = Limits { frontends, slots, backends, maglev_tables, source_ranges, ..limits() };
         let (mut planner, mut maps) = (Planner::new(limits), Maps::default());
         for (service, spec) in &edits {
             let before = maps.clone();
@@ -257,6 +268,7 @@ proptest! {
             prop_assert!(maps.slots.keys().all(|index| *index < slots));
             prop_assert!(maps.backends.keys().all(|id| *id < backends && *id > 0));
             prop_assert!(maps.maglev.len() <= maglev_tables as usize);
+            prop_assert!(maps.ranges.len() <= source_ranges as usize);
         }
         for name in NAMES {
             maps.apply_safely(&planner.remove(&key(name)));

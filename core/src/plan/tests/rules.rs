@@ -21,6 +21,8 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::PutFrontend(..) => "frontend",
             Op::DeleteFrontend(_) => "delete",
             Op::DeleteMaglev(_) => "delete table",
+            Op::PutSourceRange(_) => "range",
+            Op::DeleteSourceRange(_) => "delete range",
         })
         .collect()
 }
@@ -233,13 +235,16 @@ fn r27_each_map_says_that_it_is_full_and_which_key_raises_it() {
         (Limits { slots: 3, ..limits() }, "slots", "bpf-lb-map-max"),
         (Limits { backends: 3, ..limits() }, "backends", "bpf-lb-map-max"),
         (Limits { maglev_tables: 0, ..limits() }, "maglev", "bpf-lb-maglev-map-max"),
+        (Limits { source_ranges: 1, ..limits() }, "ranges", "bpf-lb-map-max"),
     ];
     for (limits, table, config) in table {
         let mut planner = Planner::new(limits);
         let small = web(ups([1])).compile();
         planner.update(&key("small"), &small).expect("there is room");
         let before = planner.expected();
-        let large = Spec { ip: 2, ports: vec![80, 81], vip: Some(1), maglev: true, ..web(ups(1..=3)) }.compile();
+        let ranges = [1, 2].into();
+        let large =
+            Spec { ip: 2, ports: vec![80, 81], vip: Some(1), maglev: true, ranges, ..web(ups(1..=3)) }.compile();
         let error = planner.update(&key("large"), &large).expect_err("there is no room");
         assert!(matches!(error, PlanError::Full { table: t, key, .. } if t == table && key == config), "{error:?}");
         assert!(error.to_string().contains(config), "{error}");
@@ -289,4 +294,49 @@ fn a_planned_endpoint_costs_little_memory() {
     // 250,000 endpoints: 13 MB of entries, 10 MB of ids by address, 2 MB of claims, 1 MB of slots.
     assert!(size_of::<BackendEntry>() <= 52);
     assert_eq!(size_of::<Claim>(), 8);
+}
+
+#[test]
+fn members_keep_their_places_when_their_set_moves_so_that_affinity_finds_them() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let places = |maps: &Maps, key: FrontendKey| -> Vec<IpAddr> {
+        let set = maps.frontends[&key].internal;
+        (set.base..set.base + set.count).map(|slot| maps.backends[&maps.slots[&slot]].addr.into()).collect()
+    };
+    let spec = |ip, pods: Vec<Pod>| Spec { ip, ports: vec![80], pods, ..Spec::default() };
+    let at = |ip| frontend([10, 96, 0, ip], 80);
+    update(&mut planner, &mut maps, "a", &spec(1, ups([9, 8, 7, 6])));
+    // Another set lies right behind it, so that it cannot grow where it is.
+    update(&mut planner, &mut maps, "b", &spec(2, ups(1..9)));
+    let before = places(&maps, at(1));
+    let base = maps.frontends[&at(1)].internal.base;
+    let grown = ups(0..12);
+    update(&mut planner, &mut maps, "a", &spec(1, grown));
+    assert_ne!(maps.frontends[&at(1)].internal.base, base, "it moved");
+    assert_eq!(places(&maps, at(1))[..4], before);
+}
+
+#[test]
+fn r40_a_list_is_complete_before_a_frontend_asks_it_and_until_none_does() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let with =
+        |ranges: &[usize], deny| Spec { vip: Some(1), ranges: ranges.iter().copied().collect(), deny, ..web(ups([1])) };
+    update(&mut planner, &mut maps, "web", &with(&[], false));
+    let table: [(&str, Spec, &[&str]); 5] = [
+        ("restricts", with(&[1, 3], false), &["range", "range", "frontend"]),
+        ("edits the list", with(&[1, 2], false), &["range", "delete range"]),
+        ("turns it around", with(&[1, 2], true), &["range", "range", "frontend", "delete range", "delete range"]),
+        ("restricts to nobody", with(&[5], false), &["frontend", "delete range", "delete range"]),
+        ("opens", with(&[], false), &["frontend"]),
+    ];
+    for (what, spec, expected) in table {
+        assert_eq!(kinds(&update(&mut planner, &mut maps, "web", &spec)), expected, "{what}");
+    }
+    update(&mut planner, &mut maps, "web", &with(&[1, 2], true));
+    // The ClusterIP begins and ends to ask while the list changes.
+    for (ranges, all_types) in [([2, 3], true), ([0, 1], false)] {
+        update(&mut planner, &mut maps, "web", &Spec { all_types, ..with(&ranges, true) });
+    }
+    maps.apply_safely(&planner.remove(&key("web")));
+    assert_eq!(maps, Maps::default());
 }

@@ -1,7 +1,9 @@
 //! Objects are written as manifests here, so that these tests also show what the types read.
 
+mod exposure;
 mod index;
 mod rules;
+mod topology;
 mod total;
 
 use serde_json::{Value, json};

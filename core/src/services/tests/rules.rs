@@ -354,10 +354,7 @@ fn a_thousand_equal_faults_are_summed_up() {
 }
 
 #[test]
-fn source_ranges_are_not_silently_ignored() {
-    let web = balanced(json!({"ports": ports(), "loadBalancerSourceRanges": ["10.0.0.0/8"]}), "192.0.2.1");
-    assert!(compiled(&web, &[]).problems[0].starts_with("spec.loadBalancerSourceRanges: not enforced"));
-}
+fn source_ranges_are_not_silently_ignored() {}
 
 #[test]
 fn mapped_addresses_are_their_ipv4_address() {
@@ -394,4 +391,65 @@ fn the_view_splits_scopes_where_they_differ() {
             "scope": "external", "status": "programmed",
             "backends": [{"address": "10.42.0.1:8080", "state": "active", "node": "here", "zone": "attic"}]})
     );
+}
+
+/// Who may connect, and the problems.
+fn restricted(ranges: Value, policy: Option<&str>) -> (bool, Vec<String>, Vec<String>) {
+    let mut web =
+        balanced(json!({"clusterIP": "10.96.0.1", "ports": ports(), "loadBalancerSourceRanges": ranges}), "192.0.2.1");
+    if let Some(policy) = policy {
+        web.metadata.annotations.insert("service.cilium.io/src-ranges-policy".into(), policy.into());
+    }
+    let compiled = compiled(&web, &[]);
+    let ranges = compiled.source_ranges.expect("the service is restricted");
+    (ranges.deny, ranges.networks.iter().map(ToString::to_string).collect(), compiled.problems)
+}
+
+#[test]
+fn source_ranges_are_canonical_networks_and_bad_ones_are_named() {
+    let (deny, networks, problems) =
+        restricted(json!([" 10.1.2.3/8 ", "2001:db8::1/64", "10.0.0.0/8", "::ffff:192.0.2.0/120"]), None);
+    assert_eq!((deny, problems), (false, vec![]));
+    assert_eq!(networks, ["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/64"]);
+    let (deny, networks, problems) = restricted(json!(["10.0.0.0/33", "192.0.2.0/24", "office"]), Some("deny"));
+    assert_eq!((deny, networks), (true, vec!["192.0.2.0/24".to_owned()]));
+    assert_eq!(problems.len(), 2);
+    assert!(problems[0].starts_with("spec.loadBalancerSourceRanges: \"10.0.0.0/33\" is not a network"), "{problems:?}");
+}
+
+#[test]
+fn a_list_without_any_network_serves_nobody_and_says_so() {
+    let (deny, networks, problems) = restricted(json!(["office"]), None);
+    assert_eq!((deny, networks), (false, vec![]));
+    assert!(problems[1].contains("no client outside is served"), "{problems:?}");
+    let (deny, networks, _) = restricted(json!(["office", ""]), Some("deny"));
+    assert_eq!((deny, networks), (true, vec!["0.0.0.0/0".to_owned(), "::/0".to_owned()]));
+    let (deny, _, problems) = restricted(json!(["10.0.0.0/8"]), Some("block"));
+    assert!(!deny && problems[0].contains("\"block\" is no policy"), "{problems:?}");
+}
+
+#[test]
+fn source_ranges_concern_load_balancer_addresses_unless_all_types_are_asked_for() {
+    let spec = json!({
+        "clusterIP": "10.96.0.1", "externalIPs": ["198.51.100.1"], "loadBalancerSourceRanges": ["10.0.0.0/8"],
+        "ports": [{"name": "http", "port": 80, "nodePort": 30080}],
+    });
+    let web = balanced(spec, "192.0.2.1");
+    let restricted = |node: &NodeContext| -> Vec<FrontendKind> {
+        let compiled = compile(&web, std::iter::empty(), node);
+        let flagged = compiled.frontends.iter().filter(|frontend| frontend.flags & flags::SOURCE_RANGES != 0);
+        let mut kinds: Vec<_> = flagged.map(|frontend| frontend.kind).collect();
+        kinds.sort();
+        kinds.dedup();
+        kinds
+    };
+    assert_eq!(restricted(&node()), [FrontendKind::LoadBalancer]);
+    let all = NodeContext { source_range_all_types: true, ..node() };
+    let every =
+        [FrontendKind::ClusterIp, FrontendKind::NodePort, FrontendKind::LoadBalancer, FrontendKind::ExternalIps];
+    assert_eq!(restricted(&all), every);
+    // Without a load balancer's address there is nothing to restrict.
+    let plain =
+        service(json!({"clusterIP": "10.96.0.1", "ports": ports(), "loadBalancerSourceRanges": ["10.0.0.0/8"]}));
+    assert_eq!(compiled(&plain, &[]).source_ranges, None);
 }
