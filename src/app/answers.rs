@@ -145,7 +145,7 @@ impl Answers {
                 Algorithm::Random => "Random".into(),
                 Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),
             },
-            session_affinity: false,
+            session_affinity: true,
             xdp_acceleration: "Disabled".into(),
             services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
         }
