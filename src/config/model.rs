@@ -179,6 +179,8 @@ pub struct Services {
     pub ct_any_max: u32,
     /// `service-no-backend-response`
     pub no_backend: NoBackend,
+    /// `vip-ping`
+    pub vip_ping: bool,
     /// `k8s-service-proxy-name`; empty means Services without that label.
     pub proxy_name: String,
     /// `map-verify-interval`

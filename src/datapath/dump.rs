@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET, DROP_SLOTS, DeviceValue, DropCounter, DropReason,
     FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, FrontendValue, L2Key, L2Value,
-    SETTING_REJECT_NO_BACKEND, Settings, SocketKey, SocketValue, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
-    TCP_SEEN_RST, frontend_flags, proto,
+    SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, Settings, SocketKey, SocketValue, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
+    TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 
 use super::from_bytes;
@@ -121,7 +121,7 @@ fn settings(value: &Settings) -> String {
         "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x}",
         value.alive_at,
         value.alive_for,
-        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend")]),
+        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend"), (SETTING_ANSWER_PING, "answer-ping")]),
         value.snat_min,
         value.snat_max,
         value.maglev_seed

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use kinesin_abi::{
-    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SetRef, frontend_flags,
+    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendKind, FrontendValue, SetRef,
+    frontend_flags,
 };
 use smol_str::SmolStr;
 
@@ -173,7 +174,13 @@ impl Planner {
             }
         }
         for key in &wildcards {
-            let value = FrontendValue { flags: frontend_flags::WILDCARD, ..FrontendValue::default() };
+            let from_outside = compiled.frontends.iter().any(|frontend| {
+                frontend.flags & frontend_flags::WILDCARD != 0
+                    && key.addr == frontend.addr.into()
+                    && frontend.kind != FrontendKind::ClusterIp
+            });
+            let reach = if from_outside { frontend_flags::ROUTABLE } else { 0 };
+            let value = FrontendValue { flags: frontend_flags::WILDCARD | reach, ..FrontendValue::default() };
             self.image.put_frontend(*key, value, &mut stages);
             if !record.wildcards.contains(key)
                 && let Some(entry) = self.image.frontends.get_mut(key)

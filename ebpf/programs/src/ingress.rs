@@ -7,7 +7,7 @@ use kinesin_abi::{
 use crate::{
     arp,
     flows::{self, Opening},
-    lookup,
+    icmp, lookup,
     packet::{self, Packet, Unparsed},
     reject,
     rewrite::{self, Tuple},
@@ -40,6 +40,9 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
+        if unparsed == Unparsed::Icmp {
+            return icmp::from_netdev(skb, link);
+        }
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
             return Ok(Verdict::Pass);
         }
@@ -123,8 +126,10 @@ pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
-    if packet::ipv4(skb, link, packet).is_err() {
-        return Ok(Verdict::Pass);
+    match packet::ipv4(skb, link, packet) {
+        Ok(()) => {}
+        Err(Unparsed::Icmp) => return icmp::to_netdev(skb),
+        Err(_) => return Ok(Verdict::Pass),
     }
     let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {

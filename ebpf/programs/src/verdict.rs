@@ -13,7 +13,7 @@ pub enum Verdict {
     Translated,
     /// Translated and sent; the code of the redirect helper.
     Sent(i32),
-    /// An answer of our own, not counted as forwarded; the code of the redirect helper.
+    /// Counted already where it counts: an answer of our own, or what another function has finished; the hook's code.
     Answered(i32),
     /// Dropped, and counted where the reason was known.
     Dropped,
