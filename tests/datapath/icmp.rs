@@ -257,3 +257,78 @@ fn errors_do_not_keep_or_end_a_connection() {
         assert_eq!(rig.dropped(DropReason::UnknownConnection, Direction::Ingress), 0);
     });
 }
+
+/// The same IP packet, not to be fragmented.
+fn whole(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[IP + 6] = 0x40;
+    seal_ip(&mut frame);
+    frame
+}
+
+/// A TCP packet of so many bytes from the IP header on.
+fn long_tcp(from: End, to: End, len: usize) -> Vec<u8> {
+    let mut data = tcp(from, to, SYN)[L4..].to_vec();
+    data.resize(len - 20, 0x5a);
+    ipv4(from.0, to.0, proto::TCP, &data)
+}
+
+#[test]
+fn what_does_not_fit_its_way_is_reported_with_the_mtu() {
+    isolated(|| {
+        let mut rig = Rig::new();
+        ip("route change 10.42.2.0/24 via 192.168.1.11 mtu lock 1400");
+        let (client, service) = ((CLIENT, 61_500), (VIP, TO_REMOTE));
+        let mut count = 0;
+        let assert_reported = |rig: &mut Rig, count: &mut u64, sent: Vec<u8>, mtu: u16, quoted: usize| {
+            let sent = whole(sent);
+            let (code, out) = rig.ingress(&sent);
+            *count += 1;
+            assert_eq!((code, rig.dropped(DropReason::FragmentationNeeded, Direction::Ingress)), (REDIRECT, *count));
+            let addr = |at: usize| Ipv4Addr::new(sent[at], sent[at + 1], sent[at + 2], sent[at + 3]);
+            let [a, b] = mtu.to_be_bytes();
+            let mut wanted = icmp(addr(IP + 16), addr(IP + 12), [3, 4, 0, 0, a, b], quote(&sent, quoted));
+            // Not to be fragmented itself, and without a number.
+            wanted[IP + 4..IP + 8].copy_from_slice(&[0, 0, 0x40, 0]);
+            seal_ip(&mut wanted);
+            assert_eq!(from_ip(&out), from_ip(&wanted));
+        };
+        for protocol in [proto::TCP, proto::UDP] {
+            let long = |from, to, len: usize| {
+                if protocol == proto::TCP { long_tcp(from, to, len) } else { udp(from, to, &vec![7; len - 28]) }
+            };
+            let head = if protocol == proto::TCP { 20 } else { 8 };
+            // A new connection, which is not recorded for it.
+            assert_reported(&mut rig, &mut count, long(client, service, 1401), 1400, head);
+            // Without the mark there is nobody to tell.
+            rig.assert_dropped(&long((CLIENT, 61_502), service, 1401), DropReason::FragmentationNeeded);
+            count += 1;
+            let (code, out) = rig.ingress(&whole(long(client, service, 1400)));
+            assert_eq!(code, REDIRECT);
+            let (node, pod) = ends(&out);
+            // A known one.
+            assert_reported(&mut rig, &mut count, long(client, service, 1500), 1400, head);
+            // And a reply, whose sender knows this node.
+            ip("route replace 192.168.1.50/32 dev lan0 mtu lock 1300");
+            assert_reported(&mut rig, &mut count, long(pod, node, 1400), 1300, head);
+            assert_eq!(rig.ingress(&whole(long(pod, node, 1300))).0, REDIRECT);
+            ip("route del 192.168.1.50/32");
+        }
+    });
+}
+
+#[test]
+fn errors_are_not_sent_without_limit_nor_to_nobody() {
+    isolated(|| {
+        let mut rig = Rig::new();
+        for src in [Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, Ipv4Addr::LOCALHOST, Ipv4Addr::new(239, 1, 1, 1)] {
+            assert_eq!(rig.ingress(&tcp((src, 40_000), (VIP, TO_NOBODY), SYN)).0, SHOT);
+        }
+        let refused = tcp((CLIENT, 40_000), (VIP, TO_NOBODY), SYN);
+        let start = std::time::Instant::now();
+        let sent = (0..3000).filter(|_| rig.ingress(&refused).0 == REDIRECT).count() as u128;
+        let allowed = 50 + start.elapsed().as_millis() + 1;
+        let cpus = std::thread::available_parallelism().unwrap().get() as u128;
+        assert!((50..=allowed * cpus).contains(&sent), "{sent} in {:?}", start.elapsed());
+        assert_eq!(rig.dropped(DropReason::NoBackend, Direction::Ingress), 3004);
+    });
+}

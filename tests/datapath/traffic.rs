@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kinesin::datapath::Datapath;
-use kinesin_abi::{FrontendKind, L2Key, frontend_flags, proto};
+use kinesin_abi::{DropReason, FrontendKind, L2Key, frontend_flags, proto};
 use kinesin_core::plan::Op;
 use nix::sched::{CloneFlags, unshare};
 
@@ -159,6 +159,16 @@ impl Lan {
     }
 }
 
+/// Runs a program in the client's namespace; returns what it printed.
+fn command(host: &Host, line: &'static str) -> String {
+    host.run(move || {
+        let mut words = line.split_whitespace();
+        let program = words.next().expect("a program");
+        let output = std::process::Command::new(program).args(words).output().expect("it is installed");
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    })
+}
+
 fn connect(port: u16) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&(VIP, port).into(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -239,5 +249,55 @@ fn connections_outlive_the_agent_and_its_successors() {
             lan.start_agent();
         }
         streams.iter().for_each(|stream| exchange(stream, 100_000));
+    });
+}
+
+/// Sends an echo request through a socket of the kernel's ping service and waits for the reply.
+fn ping(payload: &[u8]) -> std::io::Result<Vec<u8>> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+    fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
+    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)?;
+    // A datagram socket with a protocol of its own: the calls are the same.
+    let socket = UdpSocket::from(fd);
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect((VIP, 1))?;
+    socket.send(&[&[8, 0, 0, 0, 0, 0, 0, 1], payload].concat())?;
+    let mut reply = vec![0; 2048];
+    let len = socket.recv(&mut reply)?;
+    assert_eq!((reply[0], reply[1], &reply[6..8]), (0, 0, &[0, 1][..]), "an echo reply");
+    Ok(reply[8..len].to_vec())
+}
+
+#[test]
+fn a_service_address_answers_a_real_ping() {
+    isolated(|| {
+        let lan = Lan::new();
+        lan.client.run(|| {
+            for len in [0, 1, 56, 1472] {
+                let payload = vec![len as u8; len];
+                assert_eq!(ping(&payload).unwrap(), payload);
+            }
+        });
+        assert_eq!(lan.datapath.as_ref().unwrap().maps().drops().unwrap(), []);
+    });
+}
+
+#[test]
+fn long_transfers_find_their_way_through_a_smaller_mtu() {
+    isolated(|| {
+        let lan = Lan::new();
+        // This node knows that the way to the remote backend is narrow, and so is the one to the local pod.
+        ip("route change 10.42.2.0/24 via 192.168.1.11 mtu lock 1300");
+        ip("route change 10.42.1.0/24 dev pod0 src 10.42.1.1 mtu lock 1300");
+        for port in [TO_REMOTE, TO_LOCAL] {
+            lan.client.run(move || {
+                let stream = connect(port).unwrap();
+                exchange(&stream, 1 << 20);
+            });
+        }
+        let routes = command(&lan.client, "ip route get 10.0.0.100");
+        assert!(routes.contains("mtu 1300"), "the client knows the way's MTU: {routes}");
+        let drops = lan.datapath.as_ref().unwrap().maps().drops().unwrap();
+        assert!(drops.iter().any(|(reason, ..)| *reason == DropReason::FragmentationNeeded), "{drops:?}");
     });
 }

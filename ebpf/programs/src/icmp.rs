@@ -173,7 +173,10 @@ fn related(skb: Skb, packet: &Packet, icmp: &Icmp, direction: Direction) -> Resu
             return Err(DropReason::TtlExceeded);
         }
         ttl -= 1;
-        route = route::find(skb, reporter, dst, proto::ICMP)?;
+        route = route::find(skb, reporter, dst, proto::ICMP, packet.ip_len)?;
+        if route.too_long().is_some() {
+            return Err(DropReason::FragmentationNeeded);
+        }
     }
 
     // What it quotes went the other way.

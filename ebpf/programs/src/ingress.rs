@@ -53,7 +53,7 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         });
     }
     if let Some(flow) = flows::find(packet) {
-        return follow(skb, packet, flow);
+        return follow(skb, packet, flow, link);
     }
     match lookup::frontend(&packet.flow)? {
         Some(frontend) => begin(skb, packet, frontend, link),
@@ -63,7 +63,7 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 
 /// A packet of a known connection.
 #[inline(always)]
-fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
+fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue, link: u32) -> Result<Verdict, DropReason> {
     if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
@@ -73,7 +73,7 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, Dr
         return Ok(Verdict::Pass);
     }
     if redirect && packet.ttl <= 1 {
-        return Err(DropReason::TtlExceeded);
+        return reject::time_exceeded(skb, link);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
@@ -81,7 +81,10 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, Dr
         rewrite::translate(skb, packet, &to, false)?;
         return Ok(Verdict::Translated);
     }
-    let route = route::find(skb, to.src, to.dst, packet.flow.proto)?;
+    let route = route::find(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
+    if let Some(limit) = route.too_long() {
+        return reject::too_long(skb, packet, link, limit);
+    }
     rewrite::translate(skb, packet, &to, true)?;
     Ok(Verdict::Sent(route::send(skb, &route)))
 }
@@ -108,9 +111,12 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     let mut route = Route::NONE;
     if redirect {
         if packet.ttl <= 1 {
-            return Err(DropReason::TtlExceeded);
+            return reject::time_exceeded(skb, link);
         }
-        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto)?;
+        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
+        if let Some(limit) = route.too_long() {
+            return reject::too_long(skb, packet, link, limit);
+        }
         source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
     let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;

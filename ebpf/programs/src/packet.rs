@@ -51,6 +51,16 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// Length of the IP packet on the wire, where merged segments go one by one, in bytes.
+    #[inline(always)]
+    pub fn wire_len(&self, skb: Skb) -> u16 {
+        let segment = skb.segment();
+        if segment == 0 {
+            return self.ip_len;
+        }
+        ((self.l4 - self.l3) + self.l4_len as u32 + segment) as u16
+    }
+
     /// Whether the source is an address of one host elsewhere, so that an answer may be sent to it (RFC 1122 section
     /// 3.2.2).
     #[inline(always)]

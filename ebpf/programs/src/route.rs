@@ -2,8 +2,8 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
-        bpf_redir_neigh,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_redir_neigh,
     },
     helpers::generated as h,
 };
@@ -18,20 +18,39 @@ pub struct Route {
     pub ifindex: u32,
     family: u32,
     hop: [u32; 4],
+    too_long: u32,
+}
+
+/// What the way cannot take.
+#[derive(Clone, Copy)]
+pub struct TooLong {
+    /// The longest packet that it takes, in bytes; 0 where the kernel does not say (before 5.12), which makes the sender
+    /// guess (RFC 1191 section 5).
+    pub mtu: u16,
 }
 
 impl Route {
     /// Nowhere; for packets that the stack delivers.
-    pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
+    pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4], too_long: 0 };
+
+    /// The packet does not fit this way, which is then no way to [`send`] it.
+    #[inline(always)]
+    pub fn too_long(&self) -> Option<TooLong> {
+        if self.too_long == 0 { None } else { Some(TooLong { mtu: self.too_long as u16 }) }
+    }
 }
 
-/// Asks the kernel's routing tables.
+/// Marks a length limit that is known, be it 0.
+const LIMITED: u32 = 1 << 16;
+
+/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one.
 #[inline(always)]
-pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropReason> {
+pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
     // SAFETY: integers and unions of integers; zero is valid.
     let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     query.family = AF_INET;
     query.l4_protocol = protocol;
+    query.__bindgen_anon_1.tot_len = len;
     query.ifindex = skb.ifindex();
     query.__bindgen_anon_3.ipv4_src = src.v4_raw();
     query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
@@ -43,10 +62,17 @@ pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropR
     match code {
         // Without a neighbour entry yet, the redirect resolves it.
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {
-            Ok(Route { ifindex: query.ifindex, family: query.family as u32, hop })
+            Ok(Route { ifindex: query.ifindex, family: query.family as u32, hop, too_long: 0 })
         }
         // A load balancer need not be a router: without IP forwarding, back to the LAN that the packet came from.
-        BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop }),
+        BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop, too_long: 0 }),
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            // SAFETY: both members are the same integer.
+            let mtu = unsafe { query.__bindgen_anon_1.mtu_result };
+            // Older kernels leave the length there.
+            let mtu = if mtu < len { mtu } else { 0 };
+            Ok(Route { ifindex: 0, family: 0, hop, too_long: LIMITED | mtu as u32 })
+        }
         _ => Err(DropReason::FibLookupFailed),
     }
 }
