@@ -287,10 +287,13 @@ fn contradicting_headers_are_invalid() {
 fn no_bytes_whatever_confuse_the_programs() {
     isolated(|| {
         let mut rig = Rig::new();
+        let quoted = tcp((VIP, TO_REMOTE), (CLIENT, 61_500), ACK);
         let seeds = [
             tcp((CLIENT, 61_500), (VIP, TO_REMOTE), SYN),
             udp((CLIENT, 40_000), (VIP, TO_NOBODY), b"?"),
             crate::packets::arp([0xff; 6], 1, (CLIENT_MAC, CLIENT), ([0; 6], VIP)),
+            ipv4(CLIENT, VIP, proto::ICMP, &[8, 0, 0xf7, 0xff, 0, 0, 0, 0]),
+            ipv4(CLIENT, VIP, proto::ICMP, &[&[3, 4, 0, 0, 0, 0, 5, 120][..], &quoted[IP..]].concat()),
         ];
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         for n in 0..3000 {

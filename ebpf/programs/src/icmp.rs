@@ -21,7 +21,9 @@
 //! Deliberately absent: source quench (RFC 6633), redirects, which must not cross a translation, and queries other than
 //! echo.
 
-use kinesin_abi::{Be16, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, SETTING_ANSWER_PING, frontend_flags, proto};
+use kinesin_abi::{
+    Addr, Be16, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, SETTING_ANSWER_PING, frontend_flags, proto,
+};
 
 use crate::{
     flows, lookup,
@@ -148,12 +150,16 @@ fn related(skb: Skb, packet: &Packet, icmp: &Icmp, direction: Direction) -> Resu
     if !is_error(icmp.kind) || packet.fragmented != 0 {
         return Ok(None);
     }
-    let Some(quoted) = packet::quoted(skb, packet) else { return Ok(None) };
-    if quoted.flow.dst != packet.flow.dst {
+    let Some(scratch) = lookup::scratch() else { return Ok(None) };
+    let Some(quoted) = packet::quoted(skb, scratch) else { return Ok(None) };
+    let Some(packet) = lookup::scratch() else { return Ok(None) };
+    let packet = &*packet;
+    let old = &packet.quoted;
+    if old.dst.v4_raw() != packet.flow.dst.v4_raw() {
         return Ok(None);
     }
     // The error travels the way of the packets that answer the one it quotes.
-    let Some(flow) = flows::related(&quoted.flow) else { return Ok(None) };
+    let Some(flow) = flows::related(old) else { return Ok(None) };
     let (redirect, reply) = (flow.flags & FLOW_REDIRECT != 0, flow.flags & FLOW_REPLY != 0);
     let ours = match direction {
         // From outside nobody may speak for what is inside.
@@ -163,8 +169,9 @@ fn related(skb: Skb, packet: &Packet, icmp: &Icmp, direction: Direction) -> Resu
     if !ours {
         return Ok(None);
     }
-    let (src, dst, sport, dport) = (flow.src, flow.dst, flow.sport, flow.dport);
-    let reporter = if reply || redirect { src } else { packet.flow.src };
+    let (src, dst, sport, dport) = (flow.src.v4_raw(), flow.dst.v4_raw(), flow.sport, flow.dport);
+    let reporter = Addr::from_v4_raw(if reply || redirect { src } else { packet.flow.src.v4_raw() });
+    let receiver = Addr::from_v4_raw(dst);
     let mut route = route::Route::NONE;
     let mut ttl = packet.ttl;
     if redirect {
@@ -173,15 +180,11 @@ fn related(skb: Skb, packet: &Packet, icmp: &Icmp, direction: Direction) -> Resu
             return Err(DropReason::TtlExceeded);
         }
         ttl -= 1;
-        route = route::find(skb, reporter, dst, proto::ICMP, packet.ip_len)?;
-        if route.too_long().is_some() {
-            return Err(DropReason::FragmentationNeeded);
-        }
+        route = route::find(skb, reporter, receiver, proto::ICMP, packet.ip_len)?;
     }
 
     // What it quotes went the other way.
-    let old = &quoted.flow;
-    let addresses = change(old.dst.v4_raw(), dst.v4_raw(), old.src.v4_raw(), src.v4_raw());
+    let addresses = change(old.dst.v4_raw(), dst, old.src.v4_raw(), src);
     let (old_ports, new_ports) = (rewrite::ports(old.dport, old.sport), rewrite::ports(dport, sport));
     let mut payload = change(old_ports, new_ports, 0, 0);
     if quoted.check != 0 {
@@ -196,11 +199,11 @@ fn related(skb: Skb, packet: &Packet, icmp: &Icmp, direction: Direction) -> Resu
     }
     skb.store(quoted.l4, &new_ports)?;
     let check = updated(quoted.ip_check, addresses);
-    let ([a, b], [c, d]) = halves(dst.v4_raw(), src.v4_raw());
+    let ([a, b], [c, d]) = halves(dst, src);
     skb.store(quoted.l3 + IP_CHECK, &[check, a, b, c, d])?;
     // The quoted IP header sums to the same as before, thanks to its own checksum.
     skb.store(packet.l4 + CHECK, &updated(icmp.check, payload))?;
-    rewrite::header(skb, packet, ttl, reporter, dst)?;
+    rewrite::header(skb, packet, ttl, reporter, receiver)?;
     Ok(Some(if redirect { Verdict::Sent(route::send(skb, &route)) } else { Verdict::Translated }))
 }
 

@@ -1,8 +1,6 @@
 //! The two sentences of the tc hooks.
 
-use kinesin_abi::{
-    BACKEND_LOCAL, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags,
-};
+use kinesin_abi::{BACKEND_LOCAL, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue, frontend_flags};
 
 use crate::{
     arp,
@@ -26,7 +24,14 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     match skb.protocol() {
-        ETH_IPV4 if skb.packet_type() == TO_US => ipv4(skb, link),
+        ETH_IPV4 if skb.packet_type() == TO_US => match ipv4(skb, link) {
+            // Here alone, because the verifier follows it from wherever it is called.
+            Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
+                Ok(Verdict::Answered(reject::report(skb, link, reason as u32)))
+            }
+            Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report(skb, link, DropReason::NoBackend as u32))),
+            verdict => verdict,
+        },
         ETH_ARP if link == ETHERNET => arp::respond(skb),
         _ => Ok(Verdict::Pass),
     }
@@ -53,17 +58,17 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         });
     }
     if let Some(flow) = flows::find(packet) {
-        return follow(skb, packet, flow, link);
+        return follow(skb, packet, flow);
     }
     match lookup::frontend(&packet.flow)? {
-        Some(frontend) => begin(skb, packet, frontend, link),
+        Some(frontend) => begin(skb, packet, frontend),
         None => Ok(Verdict::Pass),
     }
 }
 
 /// A packet of a known connection.
 #[inline(always)]
-fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue, link: u32) -> Result<Verdict, DropReason> {
+fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
     if packet.fragmented != 0 {
         return Err(DropReason::Fragment);
     }
@@ -73,7 +78,7 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue, link: u32) -> Result<
         return Ok(Verdict::Pass);
     }
     if redirect && packet.ttl <= 1 {
-        return reject::time_exceeded(skb, link);
+        return Err(DropReason::TtlExceeded);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
@@ -82,16 +87,13 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue, link: u32) -> Result<
         return Ok(Verdict::Translated);
     }
     let route = route::find(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
-    if let Some(limit) = route.too_long() {
-        return reject::too_long(skb, packet, link, limit);
-    }
     rewrite::translate(skb, packet, &to, true)?;
     Ok(Verdict::Sent(route::send(skb, &route)))
 }
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Result<Verdict, DropReason> {
+fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }
@@ -102,8 +104,7 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
         return Err(DropReason::Fragment);
     }
     if frontend.external.count == 0 {
-        lookup::count(DropReason::NoBackend as u8, Direction::Ingress, skb.len());
-        return reject::port_unreachable(skb, packet, link);
+        return Ok(Verdict::Refused);
     }
     let (id, backend) = lookup::select(frontend, &packet.flow).ok_or(DropReason::NoBackend)?;
     let redirect = backend.flags & BACKEND_LOCAL == 0;
@@ -111,12 +112,9 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
     let mut route = Route::NONE;
     if redirect {
         if packet.ttl <= 1 {
-            return reject::time_exceeded(skb, link);
+            return Err(DropReason::TtlExceeded);
         }
         route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
-        if let Some(limit) = route.too_long() {
-            return reject::too_long(skb, packet, link, limit);
-        }
         source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
     let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;

@@ -48,6 +48,11 @@ pub struct Packet {
     pub whole: u8,
     /// Length of the transport header, in bytes.
     pub l4_len: u8,
+    /// The longest packet that the way takes which this one does not fit; 0 where the kernel does not say (before 5.12),
+    /// which makes the sender guess (RFC 1191 section 5).
+    pub mtu: u16,
+    /// Of what an ICMP error quotes: the tuple turned round, which is that of packets on the error's way.
+    pub quoted: FlowKey,
 }
 
 impl Packet {
@@ -55,10 +60,11 @@ impl Packet {
     #[inline(always)]
     pub fn wire_len(&self, skb: Skb) -> u16 {
         let segment = skb.segment();
-        if segment == 0 {
-            return self.ip_len;
-        }
-        ((self.l4 - self.l3) + self.l4_len as u32 + segment) as u16
+        let merged = (self.l4 - self.l3) + self.l4_len as u32 + segment;
+        // All ones where there are segments. Without a branch: it would double what the verifier follows.
+        let mask = 0u32.wrapping_sub(0u32.wrapping_sub(segment) >> 31);
+        let len = self.ip_len as u32;
+        (len ^ ((len ^ merged) & mask)) as u16
     }
 
     /// Whether the source is an address of one host elsewhere, so that an answer may be sent to it (RFC 1122 section
@@ -227,8 +233,6 @@ pub fn icmp(skb: Skb, packet: &Packet) -> Option<Icmp> {
 
 /// The headers of the packet that an ICMP error quotes.
 pub struct Quoted {
-    /// Its tuple turned round, which is that of packets on the error's way.
-    pub flow: FlowKey,
     /// Offset of its IP header.
     pub l3: u32,
     /// Offset of its transport header.
@@ -239,10 +243,10 @@ pub struct Quoted {
     pub check: u16,
 }
 
-/// Reads what an ICMP error quotes; none where it is cut short, no first fragment, or of no protocol with ports. No
+/// Reads what an ICMP error quotes, with the tuple into [`Packet::quoted`]; none where it is cut short, no first fragment, or of no protocol with ports. No
 /// checksum is verified (RFC 5508 section 4.1 only says "should"): a wrong one stays wrong, for the receiver to see.
 #[inline(always)]
-pub fn quoted(skb: Skb, packet: &Packet) -> Option<Quoted> {
+pub fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted> {
     let l3 = (packet.l4 & 0x7f) + 8;
     let ip = at::<Ipv4>(skb, l3)?;
     let header = ((ip.version_ihl & 0x0f) as u32) << 2;
@@ -264,7 +268,7 @@ pub fn quoted(skb: Skb, packet: &Packet) -> Option<Quoted> {
             _ => 0,
         };
     }
-    let flow = FlowKey {
+    packet.quoted = FlowKey {
         src: Addr::from_v4_raw(dst),
         dst: Addr::from_v4_raw(src),
         sport: Be16::from_raw(dport),
@@ -272,7 +276,7 @@ pub fn quoted(skb: Skb, packet: &Packet) -> Option<Quoted> {
         proto: protocol,
         pad: [0; 3],
     };
-    Some(Quoted { flow, l3, l4, ip_check, check })
+    Some(Quoted { l3, l4, ip_check, check })
 }
 
 /// The start of an Ethernet frame.

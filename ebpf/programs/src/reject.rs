@@ -22,9 +22,8 @@ use crate::{
     lookup,
     packet::{self, Packet},
     rewrite::{add, fold},
-    route::{self, TooLong},
+    route,
     skb::{ETHERNET, Skb},
-    verdict::Verdict,
 };
 
 /// With the new headers this fits an Ethernet MTU.
@@ -55,46 +54,30 @@ struct Headers {
     mtu: u16,
 }
 
-/// Refuses a connection that no backend can take; silent where the setting says so.
-#[inline(always)]
-pub fn port_unreachable(skb: Skb, packet: &Packet, link: u32) -> Result<Verdict, DropReason> {
-    if lookup::settings().is_none_or(|settings| settings.flags & SETTING_REJECT_NO_BACKEND == 0) {
-        return Ok(Verdict::Dropped);
-    }
-    let whole = packet.unchecked == 0 && packet.ip_len <= LONGEST;
-    Ok(Verdict::Answered(report(skb, link, PORT_UNREACHABLE as u32, whole as u32)))
-}
-
-/// Drops a packet that may go no further.
-#[inline(always)]
-pub fn time_exceeded(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    lookup::count(DropReason::TtlExceeded as u8, Direction::Ingress, skb.len());
-    Ok(Verdict::Answered(report(skb, link, TIME_EXCEEDED as u32, 0)))
-}
-
-/// Drops a packet that does not fit its way.
-#[inline(always)]
-pub fn too_long(skb: Skb, packet: &Packet, link: u32, limit: TooLong) -> Result<Verdict, DropReason> {
-    if packet.whole == 0 {
-        return Err(DropReason::FragmentationNeeded);
-    }
-    lookup::count(DropReason::FragmentationNeeded as u8, Direction::Ingress, skb.len());
-    Ok(Verdict::Answered(report(skb, link, FRAGMENTATION_NEEDED as u32 | (limit.mtu as u32) << 16, 0)))
-}
-
-/// Sends an error back, or nothing; returns the code for the hook. `what` is type and code, and above them the MTU.
+/// Counts a packet that is dropped, and tells its sender why, if somebody may be told; returns the code for the hook.
 #[inline(never)]
-fn report(skb: Skb, link: u32, what: u32, whole: u32) -> i32 {
-    match answer(skb, link, what, whole) {
-        Ok(code) => code,
-        Err(_) => TC_ACT_SHOT,
-    }
+pub fn report(skb: Skb, link: u32, reason: u32) -> i32 {
+    lookup::count(reason as u8, Direction::Ingress, skb.len());
+    answer(skb, link, reason).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
-fn answer(skb: Skb, link: u32, what: u32, whole: u32) -> Result<i32, DropReason> {
+fn answer(skb: Skb, link: u32, reason: u32) -> Result<i32, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(TC_ACT_SHOT) };
     let packet = &*packet;
+    let mut mtu = 0;
+    let mut icmp = TIME_EXCEEDED;
+    if reason == DropReason::FragmentationNeeded as u32 {
+        if packet.whole == 0 {
+            return Ok(TC_ACT_SHOT);
+        }
+        (icmp, mtu) = (FRAGMENTATION_NEEDED, packet.mtu);
+    } else if reason == DropReason::NoBackend as u32 {
+        if lookup::settings().is_none_or(|settings| settings.flags & SETTING_REJECT_NO_BACKEND == 0) {
+            return Ok(TC_ACT_SHOT);
+        }
+        icmp = PORT_UNREACHABLE;
+    }
     if !packet.from_unicast() || !lookup::may_complain() {
         return Ok(TC_ACT_SHOT);
     }
@@ -102,7 +85,8 @@ fn answer(skb: Skb, link: u32, what: u32, whole: u32) -> Result<i32, DropReason>
     let pseudo = pseudo_header(packet);
     let mut quoted = packet.ip_len;
     let mut payload = !pseudo;
-    if whole == 0 {
+    let whole = icmp == PORT_UNREACHABLE && packet.unchecked == 0 && packet.ip_len <= LONGEST;
+    if !whole {
         let Some((sum, check)) = packet::transport(skb, packet) else { return Ok(TC_ACT_SHOT) };
         if check != fold(pseudo) {
             payload = sum;
@@ -121,8 +105,7 @@ fn answer(skb: Skb, link: u32, what: u32, whole: u32) -> Result<i32, DropReason>
     let len = (quoted + HEADERS).to_be();
     let mut sum = add(VERSION_IHL_TOS as u32 + len as u32, DONT_FRAGMENT as u32 + TTL_ICMP as u32);
     sum = add(sum, add(vip, client));
-    let icmp = (what as u16).to_be();
-    let mtu = ((what >> 16) as u16).to_be();
+    let (icmp, mtu) = (icmp.to_be(), mtu.to_be());
     // The quoted IP header sums to zero by its own checksum.
     let icmp_sum = add(icmp as u32 + mtu as u32, payload);
     let headers = Headers {

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use kinesin_abi::{Addr, DropReason};
 
-use crate::skb::Skb;
+use crate::{lookup, skb::Skb};
 
 const AF_INET: u8 = 2;
 
@@ -18,32 +18,15 @@ pub struct Route {
     pub ifindex: u32,
     family: u32,
     hop: [u32; 4],
-    too_long: u32,
-}
-
-/// What the way cannot take.
-#[derive(Clone, Copy)]
-pub struct TooLong {
-    /// The longest packet that it takes, in bytes; 0 where the kernel does not say (before 5.12), which makes the sender
-    /// guess (RFC 1191 section 5).
-    pub mtu: u16,
 }
 
 impl Route {
     /// Nowhere; for packets that the stack delivers.
-    pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4], too_long: 0 };
-
-    /// The packet does not fit this way, which is then no way to [`send`] it.
-    #[inline(always)]
-    pub fn too_long(&self) -> Option<TooLong> {
-        if self.too_long == 0 { None } else { Some(TooLong { mtu: self.too_long as u16 }) }
-    }
+    pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
 }
 
-/// Marks a length limit that is known, be it 0.
-const LIMITED: u32 = 1 << 16;
-
-/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one.
+/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one. Where
+/// the packet does not fit, that is the error, and `Packet::mtu` says what does.
 #[inline(always)]
 pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
     // SAFETY: integers and unions of integers; zero is valid.
@@ -62,16 +45,19 @@ pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Ro
     match code {
         // Without a neighbour entry yet, the redirect resolves it.
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {
-            Ok(Route { ifindex: query.ifindex, family: query.family as u32, hop, too_long: 0 })
+            Ok(Route { ifindex: query.ifindex, family: query.family as u32, hop })
         }
         // A load balancer need not be a router: without IP forwarding, back to the LAN that the packet came from.
-        BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop, too_long: 0 }),
+        BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop }),
         BPF_FIB_LKUP_RET_FRAG_NEEDED => {
             // SAFETY: both members are the same integer.
             let mtu = unsafe { query.__bindgen_anon_1.mtu_result };
             // Older kernels leave the length there.
             let mtu = if mtu < len { mtu } else { 0 };
-            Ok(Route { ifindex: 0, family: 0, hop, too_long: LIMITED | mtu as u32 })
+            if let Some(packet) = lookup::scratch() {
+                packet.mtu = mtu;
+            }
+            Err(DropReason::FragmentationNeeded)
         }
         _ => Err(DropReason::FibLookupFailed),
     }
