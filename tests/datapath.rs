@@ -12,6 +12,8 @@ mod arp;
 mod flows;
 #[path = "datapath/hooks.rs"]
 mod hooks;
+#[path = "datapath/icmp.rs"]
+mod icmp;
 #[path = "datapath/maps.rs"]
 mod maps;
 #[path = "datapath/packets.rs"]

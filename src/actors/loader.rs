@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
-use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_REJECT_NO_BACKEND};
+use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND};
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::Limits;
@@ -176,7 +176,8 @@ impl Loader {
         let mut differs = false;
         update_settings(&*self.loaded.store, |settings| {
             let before = *settings;
-            settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 };
+            settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
+                | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
             settings.maglev_seed = seed(&config).jhash;
             settings.pad = 0;

@@ -260,6 +260,13 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "vip-ping",
+        "true",
+        Kind::Bool(|c| &mut c.services.vip_ping),
+        "Answer ICMP echo requests to LoadBalancer and announced addresses.",
+    ),
+    live(
+        SERVICES,
         "k8s-service-proxy-name",
         "",
         Kind::Text(|c| &mut c.services.proxy_name),

@@ -185,6 +185,8 @@ pub struct Services {
     pub source_range_all_types: bool,
     /// `service-no-backend-response`
     pub no_backend: NoBackend,
+    /// `vip-ping`
+    pub vip_ping: bool,
     /// `k8s-service-proxy-name`; empty means Services without that label.
     pub proxy_name: String,
     /// `map-verify-interval`

@@ -6,9 +6,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
     DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue,
-    FrontendKey, FrontendValue, L2Key, L2Value, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY,
-    SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
-    TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
+    FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_FIN,
+    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 
 use super::from_bytes;
@@ -123,7 +123,7 @@ fn settings(value: &Settings) -> String {
         "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x}",
         value.alive_at,
         value.alive_for,
-        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend")]),
+        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend"), (SETTING_ANSWER_PING, "answer-ping")]),
         value.snat_min,
         value.snat_max,
         value.maglev_seed

@@ -133,7 +133,7 @@ fn every_table_is_dumped_for_people() {
             assert!(lines.iter().any(|line| line.contains(part)), "{table}: no {part:?} in {lines:#?}");
         };
         find("frontends", "10.0.0.100:80/TCP = LoadBalancer routable service=1 affinity=0s external=1+1 internal=1+1");
-        find("frontends", "10.0.0.100:0/ANY = LoadBalancer wildcard");
+        find("frontends", "10.0.0.100:0/ANY = ClusterIP routable,wildcard");
         find("slots", "12 = 12");
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
@@ -143,7 +143,7 @@ fn every_table_is_dumped_for_people() {
         );
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
-        find("settings", "reject-no-backend snat=61000-65000");
+        find("settings", "reject-no-backend,answer-ping snat=61000-65000");
         find("drops", "ingress 0 Forwarded = 1 packets");
         let unknown = rig.maps.dump_raw("nonsense").unwrap_err().to_string();
         assert!(unknown.contains("nonsense") && unknown.contains("frontends"), "{unknown}");

@@ -84,10 +84,13 @@ fn the_refusal_does_not_quote_padding() {
 }
 
 #[test]
-fn too_long_packets_and_a_setting_make_the_refusal_silent() {
+fn a_long_packet_is_refused_by_its_headers_and_a_setting_makes_refusals_silent() {
     isolated(|| {
         let mut rig = Rig::new();
-        rig.assert_dropped(&udp((CLIENT, 40_000), (VIP, TO_NOBODY), &[0; 1460]), DropReason::NoBackend);
+        let long = udp((CLIENT, 40_000), (VIP, TO_NOBODY), &[0; 1460]);
+        let (code, out) = rig.ingress(&long);
+        assert_eq!(code, REDIRECT);
+        assert_port_unreachable(&out, &long[IP..L4 + 8]);
         rig.maps.write_settings(&kinesin_abi::Settings { flags: 0, ..settings() }).unwrap();
         rig.assert_dropped(&tcp((CLIENT, 40_000), (VIP, TO_NOBODY), SYN), DropReason::NoBackend);
     });
@@ -187,15 +190,27 @@ fn the_last_hop_is_not_forwarded() {
             frame
         };
         let sent = tcp((CLIENT, 61_500), (VIP, TO_REMOTE), SYN);
+        let mut count = 0;
+        let mut assert_exceeded = |rig: &mut Rig, packet: Vec<u8>| {
+            let (code, out) = rig.ingress(&packet);
+            count += 1;
+            assert_eq!((code, rig.dropped(DropReason::TtlExceeded, Direction::Ingress)), (REDIRECT, count));
+            let icmp = &out[L4..];
+            assert_eq!((&icmp[..2], &icmp[4..8], checksum(icmp)), (&[11, 0][..], &[0; 4][..], 0));
+            assert_eq!(&icmp[8..], &packet[IP..L4 + 20]);
+            // From whom it was for, to whom it was from.
+            assert_eq!((&out[IP + 12..IP + 16], &out[IP + 16..L4]), (&packet[IP + 16..L4], &packet[IP + 12..IP + 16]));
+            assert_eq!((checksum(&out[IP..L4]), &out[..6], &out[6..12]), (0, &packet[6..12], &packet[..6]));
+        };
         for ttl in [0, 1] {
-            rig.assert_dropped(&with_ttl(sent.clone(), ttl), DropReason::TtlExceeded);
+            assert_exceeded(&mut rig, with_ttl(sent.clone(), ttl));
         }
         let (code, out) = rig.ingress(&with_ttl(sent.clone(), 2));
         assert_eq!((code, crate::packets::ttl(&out), ends(&out).0), (REDIRECT, 1, (NODE, 61_500)));
         // Known connections and replies as well; towards local backends the stack decides.
-        rig.assert_dropped(&with_ttl(sent, 1), DropReason::TtlExceeded);
+        assert_exceeded(&mut rig, with_ttl(sent, 1));
         let (from, to) = ends(&out);
-        rig.assert_dropped(&with_ttl(tcp(to, from, SYN | ACK), 1), DropReason::TtlExceeded);
+        assert_exceeded(&mut rig, with_ttl(tcp(to, from, SYN | ACK), 1));
         assert_eq!(rig.ingress(&with_ttl(tcp((CLIENT, 1), (VIP, TO_LOCAL), SYN), 1)).0, NEXT);
     });
 }
@@ -272,10 +287,13 @@ fn contradicting_headers_are_invalid() {
 fn no_bytes_whatever_confuse_the_programs() {
     isolated(|| {
         let mut rig = Rig::new();
+        let quoted = tcp((VIP, TO_REMOTE), (CLIENT, 61_500), ACK);
         let seeds = [
             tcp((CLIENT, 61_500), (VIP, TO_REMOTE), SYN),
             udp((CLIENT, 40_000), (VIP, TO_NOBODY), b"?"),
             crate::packets::arp([0xff; 6], 1, (CLIENT_MAC, CLIENT), ([0; 6], VIP)),
+            ipv4(CLIENT, VIP, proto::ICMP, &[8, 0, 0xf7, 0xff, 0, 0, 0, 0]),
+            ipv4(CLIENT, VIP, proto::ICMP, &[&[3, 4, 0, 0, 0, 0, 5, 120][..], &quoted[IP..]].concat()),
         ];
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         for n in 0..3000 {

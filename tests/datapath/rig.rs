@@ -11,8 +11,8 @@ use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
-    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SetRef, Settings,
-    SourceRange, SourceRangeKey, frontend_flags, proto,
+    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
+    SetRef, Settings, SourceRange, SourceRangeKey, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;
@@ -134,7 +134,7 @@ pub(crate) fn settings() -> Settings {
     Settings {
         alive_at: now(),
         alive_for: 60_000_000_000,
-        flags: SETTING_REJECT_NO_BACKEND,
+        flags: SETTING_REJECT_NO_BACKEND | SETTING_ANSWER_PING,
         snat_min: 61_000,
         snat_max: 65_000,
         maglev_seed: 7,
@@ -196,8 +196,8 @@ pub(crate) fn services() -> Vec<Op> {
     // Of a service that the rig does not have.
     let range = SourceRange { service: 99, list: 0, addr: Ipv4Addr::UNSPECIFIED.into() };
     ops.push(Op::PutSourceRange(SourceRangeKey { prefix_len: SOURCE_RANGE_BITS + 96, range }));
-    for addr in [VIP, CLUSTER_IP] {
-        let wildcard = value(FrontendKind::LoadBalancer, frontend_flags::WILDCARD, 0, 0);
+    for (addr, reach) in [(VIP, frontend_flags::ROUTABLE), (CLUSTER_IP, 0)] {
+        let wildcard = value(FrontendKind::ClusterIp, frontend_flags::WILDCARD | reach, 0, 0);
         ops.push(Op::PutFrontend(frontend(addr, 0, proto::ANY), wildcard));
     }
     ops

@@ -169,8 +169,8 @@ fn packets_to_others_and_other_protocols_are_left_alone() {
         let mut rig = Rig::new();
         rig.assert_untouched(&tcp((CLIENT, 40_000), (Ipv4Addr::new(192, 0, 2, 1), 80), SYN));
         rig.assert_untouched(&udp((CLIENT, 40_000), (NODE, 53), b"?"));
-        // ICMP is no service protocol, to our addresses neither.
-        rig.assert_untouched(&crate::packets::ipv4(CLIENT, VIP, 1, &[8, 0, 0xf7, 0xff, 0, 0, 0, 0]));
+        // ICMP to the node is the stack's.
+        rig.assert_untouched(&crate::packets::ipv4(CLIENT, NODE, 1, &[8, 0, 0xf7, 0xff, 0, 0, 0, 0]));
         // IPv6 passes for now.
         let mut v6 = vec![0x60; 60];
         v6[..12].copy_from_slice(&tcp((CLIENT, 1), (VIP, 1), SYN)[..12]);

@@ -159,6 +159,16 @@ impl Lan {
     }
 }
 
+/// Runs a program in a host's namespace; returns what it printed.
+fn command(host: &Host, line: &'static str) -> String {
+    host.run(move || {
+        let mut words = line.split_whitespace();
+        let program = words.next().expect("a program");
+        let output = std::process::Command::new(program).args(words).output().expect("it is installed");
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    })
+}
+
 fn connect(port: u16) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&(VIP, port).into(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -239,5 +249,101 @@ fn connections_outlive_the_agent_and_its_successors() {
             lan.start_agent();
         }
         streams.iter().for_each(|stream| exchange(stream, 100_000));
+    });
+}
+
+/// Sends an echo request through a socket of the kernel's ping service and waits for the reply.
+fn ping(payload: &[u8]) -> std::io::Result<Vec<u8>> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+    fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
+    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)?;
+    // A datagram socket with a protocol of its own: the calls are the same.
+    let socket = UdpSocket::from(fd);
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect((VIP, 1))?;
+    socket.send(&[&[8, 0, 0, 0, 0, 0, 0, 1], payload].concat())?;
+    let mut reply = vec![0; 2048];
+    let len = socket.recv(&mut reply)?;
+    assert_eq!((reply[0], reply[1], &reply[6..8]), (0, 0, &[0, 1][..]), "an echo reply");
+    Ok(reply[8..len].to_vec())
+}
+
+#[test]
+fn a_service_address_answers_a_real_ping() {
+    isolated(|| {
+        let lan = Lan::new();
+        lan.client.run(|| {
+            for len in [0, 1, 56, 1472] {
+                let payload = vec![len as u8; len];
+                assert_eq!(ping(&payload).unwrap(), payload);
+            }
+        });
+        assert_eq!(lan.datapath.as_ref().unwrap().maps().drops().unwrap(), []);
+    });
+}
+
+/// Sends a lot both ways through narrow routes, and asserts that both senders learned it by ICMP.
+fn assert_discovered(port: u16, narrow: &[&str]) {
+    let lan = Lan::new();
+    narrow.iter().for_each(|route| ip(route));
+    lan.client.run(move || exchange(&connect(port).unwrap(), 1 << 20));
+    let routes = command(&lan.client, "ip route get 10.0.0.100");
+    assert!(routes.contains("mtu 1300"), "the client knows the way's MTU: {routes}");
+}
+
+#[test]
+fn long_transfers_find_their_way_through_a_smaller_mtu() {
+    isolated(|| assert_discovered(TO_REMOTE, &["route change 10.42.2.0/24 via 192.168.1.11 mtu lock 1300"]));
+    // The stack reports it, about the translated packet.
+    isolated(|| assert_discovered(TO_LOCAL, &["route change 10.42.1.0/24 dev pod0 src 10.42.1.1 mtu lock 1300"]));
+}
+
+#[test]
+fn replies_find_their_way_through_a_smaller_mtu() {
+    for port in [TO_LOCAL, TO_REMOTE] {
+        isolated(move || {
+            let lan = Lan::new();
+            ip("route add 192.168.1.50/32 dev lan0 mtu lock 1300");
+            lan.client.run(move || exchange(&connect(port).unwrap(), 1 << 20));
+            let (host, line) = if port == TO_LOCAL {
+                (&lan._pod, "ip route get 192.168.1.50")
+            } else {
+                (&lan._second, "ip route get 192.168.1.10")
+            };
+            let routes = command(host, line);
+            assert!(routes.contains("mtu 1300"), "the backend knows the way's MTU: {routes}");
+        });
+    }
+}
+
+#[test]
+fn a_router_behind_the_node_is_heard_by_the_client() {
+    isolated(|| {
+        let lan = Lan::new();
+        // The second node becomes a router, with the backend behind a narrower link.
+        let far = Host::new();
+        let netns = far.netns.clone();
+        lan._second.run(move || {
+            ip("addr del 10.42.2.5/32 dev lo");
+            ip(&format!("link add far0 mtu 1280 type veth peer name eth0 mtu 1280 netns {netns}"));
+            ip("link set far0 up");
+            ip("addr add 10.42.2.1/24 dev far0");
+            forwarding(true);
+        });
+        far.ip(&["link set eth0 up", "addr add 10.42.2.5/24 dev eth0", "route add default via 10.42.2.1"]);
+        far.run(|| echo((REMOTE_POD, 8080)));
+        lan.client.run(|| {
+            let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.connect((VIP, TO_REMOTE)).unwrap();
+            // Linux sets "don't fragment" on datagrams by default.
+            socket.send(&[1; 1400]).unwrap();
+            let error = socket.recv(&mut [0; 2048]).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE));
+            socket.send(&[2; 1200]).unwrap();
+            assert_eq!(socket.recv(&mut [0; 2048]).unwrap(), 1200);
+        });
+        let routes = command(&lan.client, "ip route get 10.0.0.100");
+        assert!(routes.contains("mtu 1280"), "the client knows the way's MTU: {routes}");
     });
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use kinesin_abi::{
-    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SOURCE_RANGE_BITS,
+    BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendKind, FrontendValue, SOURCE_RANGE_BITS,
     SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, frontend_flags,
 };
 use smol_str::SmolStr;
@@ -186,7 +186,13 @@ impl Planner {
             }
         }
         for key in &wildcards {
-            let value = FrontendValue { flags: frontend_flags::WILDCARD, ..FrontendValue::default() };
+            let from_outside = compiled.frontends.iter().any(|frontend| {
+                frontend.flags & frontend_flags::WILDCARD != 0
+                    && key.addr == frontend.addr.into()
+                    && frontend.kind != FrontendKind::ClusterIp
+            });
+            let reach = if from_outside { frontend_flags::ROUTABLE } else { 0 };
+            let value = FrontendValue { flags: frontend_flags::WILDCARD | reach, ..FrontendValue::default() };
             self.image.put_frontend(*key, value, &mut stages);
             if !record.wildcards.contains(key)
                 && let Some(entry) = self.image.frontends.get_mut(key)

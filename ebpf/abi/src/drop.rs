@@ -51,16 +51,22 @@ macro_rules! reasons {
 reasons! {
     /// The packet ends before its headers do, or they contradict each other.
     InvalidPacket = 134, "Invalid packet";
+    /// Too long for the way to where it must go; with `don't fragment` the sender is told.
+    FragmentationNeeded = 136, "Fragmentation needed";
     /// A store into the packet was refused.
     WriteError = 141, "Error writing to packet";
     /// A transport that services do not use, to an address that is ours.
     UnknownL4 = 142, "Unknown L4 protocol";
+    /// ICMP to an address that is ours, which is neither answered nor about a connection.
+    UnknownIcmpType = 144, "Unknown ICMPv4 type";
     /// The connection could not be recorded.
     FlowInsertFailed = 155, "CT: Map insertion failed";
     /// A fragment without ports.
     Fragment = 157, "IP fragmentation not supported";
     /// No backend, or a port of our address that no service has.
     NoBackend = 158, "Service backend not found";
+    /// An ICMP error to an address that is ours, about no connection that we know.
+    UnknownConnection = 163, "Unknown connection tracking state";
     /// No free source port for translation.
     NoNatMapping = 167, "No mapping for NAT masquerade";
     /// No route, or no neighbour, to where the packet must go.

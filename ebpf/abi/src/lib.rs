@@ -34,7 +34,7 @@ pub use service::{
 };
 pub use settings::{
     DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,
-    SETTING_REJECT_NO_BACKEND, Settings,
+    SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, Settings,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.

@@ -58,7 +58,7 @@ pub struct FrontendValue {
 pub mod frontend_flags {
     /// Mask of the kind.
     pub const KIND: u32 = 0b111;
-    /// May be reached from outside the node (not a plain ClusterIP).
+    /// May be reached from outside the node (not a plain ClusterIP). Of a wildcard: its address may.
     pub const ROUTABLE: u32 = 1 << 3;
     /// Selection by Maglev table instead of at random.
     pub const MAGLEV: u32 = 1 << 4;

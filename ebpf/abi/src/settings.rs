@@ -24,7 +24,7 @@ pub struct Settings {
     pub alive_at: u64,
     /// For how many nanoseconds after `alive_at` the programs answer ARP and NDP.
     pub alive_for: u64,
-    /// [`SETTING_REJECT_NO_BACKEND`].
+    /// [`SETTING_REJECT_NO_BACKEND`], [`SETTING_ANSWER_PING`].
     pub flags: u32,
     /// First source port for translated connections, host order (inclusive).
     pub snat_min: u16,
@@ -38,6 +38,9 @@ pub struct Settings {
 
 /// Answer packets to a frontend without backends with ICMP port unreachable instead of silence.
 pub const SETTING_REJECT_NO_BACKEND: u32 = 1;
+
+/// Answer ICMP echo requests to addresses that are ours on the LAN.
+pub const SETTING_ANSWER_PING: u32 = 2;
 
 /// Value of the devices hash (key: ifindex, `u32`): a device that the programs are attached to or may send from.
 #[repr(C)]

@@ -41,6 +41,14 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
     if past { None } else { Some(flow) }
 }
 
+/// The entry for packets of this tuple, whatever its state, for an ICMP error about their partners. Errors neither
+/// refresh nor end a connection (RFC 5508 section 4.2.3).
+#[inline(always)]
+pub fn related(key: &FlowKey) -> Option<&'static FlowValue> {
+    // SAFETY: points into the map; other CPUs write only `last_seen` and `tcp` meanwhile.
+    FLOWS.get_ptr_mut(key).map(|flow| unsafe { &*flow })
+}
+
 /// Whether the backend that a connectionless flow was given still exists and takes packets.
 #[inline(always)]
 fn serves(flow: &FlowValue) -> bool {

@@ -1,14 +1,14 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    AffinityKey, BACKEND_LOCAL, Backend, BackendId, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
-    FrontendValue, frontend_flags,
+    AffinityKey, BACKEND_LOCAL, Backend, BackendId, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue,
+    frontend_flags,
 };
 
 use crate::{
     affinity, arp,
     flows::{self, Opening},
-    lookup,
+    icmp, lookup,
     packet::{self, Packet, Unparsed},
     reject,
     rewrite::{self, Tuple},
@@ -27,7 +27,14 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     match skb.protocol() {
-        ETH_IPV4 if skb.packet_type() == TO_US => ipv4(skb, link),
+        ETH_IPV4 if skb.packet_type() == TO_US => match ipv4(skb, link) {
+            // Here alone, because the verifier follows it from wherever it is called.
+            Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
+                Ok(Verdict::Answered(reject::report(skb, link, reason as u32)))
+            }
+            Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report(skb, link, DropReason::NoBackend as u32))),
+            verdict => verdict,
+        },
         ETH_ARP if link == ETHERNET => arp::respond(skb),
         _ => Ok(Verdict::Pass),
     }
@@ -41,6 +48,9 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
+        if unparsed == Unparsed::Icmp {
+            return icmp::from_netdev(skb, link);
+        }
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
             return Ok(Verdict::Pass);
         }
@@ -54,7 +64,7 @@ fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return follow(skb, packet, flow);
     }
     match lookup::frontend(&packet.flow)? {
-        Some(frontend) => begin(skb, packet, frontend, link),
+        Some(frontend) => begin(skb, packet, frontend),
         None => Ok(Verdict::Pass),
     }
 }
@@ -79,14 +89,14 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, Dr
         rewrite::translate(skb, packet, &to, false)?;
         return Ok(Verdict::Translated);
     }
-    let route = route::find(skb, to.src, to.dst, packet.flow.proto)?;
+    let route = route::find(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
     rewrite::translate(skb, packet, &to, true)?;
     Ok(Verdict::Sent(route::send(skb, &route)))
 }
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Result<Verdict, DropReason> {
+fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }
@@ -100,8 +110,7 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
         return Err(DropReason::Fragment);
     }
     if frontend.external.count == 0 {
-        lookup::count(DropReason::NoBackend as u8, Direction::Ingress, skb.len());
-        return reject::port_unreachable(skb, packet, link);
+        return Ok(Verdict::Refused);
     }
     let (id, backend) = choose(frontend, packet).ok_or(DropReason::NoBackend)?;
     let redirect = backend.flags & BACKEND_LOCAL == 0;
@@ -111,7 +120,7 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue, link: u32) -> Resu
         if packet.ttl <= 1 {
             return Err(DropReason::TtlExceeded);
         }
-        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto)?;
+        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
         source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
     let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;
@@ -142,8 +151,10 @@ pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
-    if packet::ipv4(skb, link, packet).is_err() {
-        return Ok(Verdict::Pass);
+    match packet::ipv4(skb, link, packet) {
+        Ok(()) => {}
+        Err(Unparsed::Icmp) => return icmp::to_netdev(skb),
+        Err(_) => return Ok(Verdict::Pass),
     }
     let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {

@@ -7,7 +7,9 @@ use kinesin_abi::{
     SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
 };
 
-use crate::maps::{BACKENDS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, SETTINGS, SLOTS, SOCKETS};
+use crate::maps::{
+    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, SETTINGS, SLOTS, SOCKETS,
+};
 use crate::packet::Packet;
 
 /// How often a selection tries again when it meets a slot that is being rewritten.
@@ -190,4 +192,31 @@ pub fn remember_socket(key: &SocketKey, value: &SocketValue) {
 pub fn socket(key: &SocketKey) -> Option<&'static SocketValue> {
     // SAFETY: read-only use before anything else writes to this map in the program.
     unsafe { SOCKETS.get(key) }
+}
+
+/// Whether this node announces the address on this device.
+#[inline(always)]
+pub fn announced(addr: Addr, ifindex: u32) -> bool {
+    L2.get_ptr_mut(&L2Key { addr, ifindex }).is_some()
+}
+
+/// Time between two ICMP errors of one CPU in the long run, and how many may come at once: the kernel's own limits
+/// (`icmp_msgs_per_sec`, `icmp_msgs_burst`), which its redirects bypass. In nanoseconds.
+const COMPLAINT: u64 = 1_000_000;
+const COMPLAINTS_AT_ONCE: u64 = 50;
+
+/// Whether one more ICMP error may be sent (RFC 1812 section 4.3.2.8); spends it.
+#[inline(always)]
+pub fn may_complain() -> bool {
+    let Some(spent) = COMPLAINTS.get_ptr_mut(0) else { return false };
+    let now = now();
+    // SAFETY: this CPU's own element.
+    let until = unsafe { *spent };
+    let until = if until > now { until } else { now };
+    if until - now > COMPLAINT * (COMPLAINTS_AT_ONCE - 1) {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe { *spent = until + COMPLAINT };
+    true
 }

@@ -1,6 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
-//! `packet` alone reads packet memory, `lookup` and `flows` alone touch maps, `rewrite`, `arp` and `reject` alone write.
+//! `packet` alone reads packet memory, `lookup` and `flows` alone touch maps, `rewrite`, `arp`, `icmp` and `reject` alone
+//! write.
 //! Names are Cilium's, so that habits with `bpftool` carry over. Deliberately absent: CO-RE, kernel BTF, kfuncs,
 //! `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
 #![no_std]
@@ -11,6 +12,7 @@
 mod affinity;
 mod arp;
 mod flows;
+mod icmp;
 mod ingress;
 mod lookup;
 mod maps;

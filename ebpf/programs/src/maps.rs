@@ -62,6 +62,10 @@ pub static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]
 pub static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
 
+/// Until when, in nanoseconds, this CPU's errors are spent; see `lookup::may_complain`. Private to the programs.
+#[btf_map]
+pub static COMPLAINTS: PerCpuArray<u64, 1> = PerCpuArray::new();
+
 /// Packets dropped by reason, and forwarded.
 #[btf_map]
 pub static DROPS: PerCpuArray<DropCounter, { DROP_SLOTS as usize }> = PerCpuArray::new();

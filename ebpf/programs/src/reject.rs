@@ -1,11 +1,22 @@
-//! ICMP destination unreachable, port unreachable (RFC 792; RFC 1122 section 3.2.2.1): a service without backends
-//! refuses at once instead of letting clients wait.
+//! ICMP errors that this node reports (RFC 792), each instead of silence about a packet that is dropped and counted:
+//! - Port unreachable (RFC 1122 section 3.2.2.1): a service without backends refuses at once.
+//! - Fragmentation needed (RFC 1191 section 4): what may not be fragmented is too long for the way to its backend or
+//!   client, whose MTU the sender learns.
+//! - Time exceeded (RFC 1812 section 5.3.1): this node is a hop, so it shows in a trace of the route.
 //!
-//! The client's packet becomes the payload, whole. That is on purpose: its checksum may still be left to offload, and
-//! then nobody here knows its bytes. But whoever fills it in makes the sum of the segment the complement of its pseudo
-//! header's sum, so the ICMP checksum is known without reading the payload.
+//! They come from the address that the packet was for, which is the one that its sender knows: the service's, or this
+//! node's where it is a backend's client. There is none about packets from nobody in particular (RFC 1122 section
+//! 3.2.2), and as the kernel's limit does not see them they have one of their own (see `lookup::may_complain`). What is
+//! for MAC broadcast, ICMP, or a later fragment does not get here.
+//!
+//! A refusal quotes the whole packet where it fits, an error about long packets only its headers: at least the 8 bytes of
+//! RFC 792, and the checksum of TCP, which the kernel wants to keep. The checksum of what is quoted may still be left to
+//! offload, and then nobody here knows its bytes. But whoever fills it in makes the sum of the segment the complement of
+//! its pseudo header's sum, so the sum is known without reading: of a whole packet always, of headers where the field
+//! holds just the pseudo header's sum. (One finished checksum in 65,536 looks like that; its error is then lost.)
 
-use kinesin_abi::{DropReason, SETTING_REJECT_NO_BACKEND};
+use aya_ebpf::bindings::TC_ACT_SHOT;
+use kinesin_abi::{Direction, DropReason, SETTING_REJECT_NO_BACKEND, proto};
 
 use crate::{
     lookup,
@@ -13,14 +24,15 @@ use crate::{
     rewrite::{add, fold},
     route,
     skb::{ETHERNET, Skb},
-    verdict::Verdict,
 };
 
 /// With the new headers this fits an Ethernet MTU.
 const LONGEST: u16 = 1472;
 const HEADERS: u16 = 28;
-/// Type 3, code 3.
-const PORT_UNREACHABLE: u16 = 0x0303u16.to_be();
+/// Type and code.
+const PORT_UNREACHABLE: u16 = 0x0303;
+const FRAGMENTATION_NEEDED: u16 = 0x0304;
+const TIME_EXCEEDED: u16 = 0x0b00;
 const DONT_FRAGMENT: u16 = 0x4000u16.to_be();
 const VERSION_IHL_TOS: u16 = 0x4500u16.to_be();
 const TTL_ICMP: u16 = 0x4001u16.to_be();
@@ -38,31 +50,52 @@ struct Headers {
     dst: u32,
     icmp: u16,
     icmp_check: u16,
-    unused: u32,
+    unused: u16,
+    mtu: u16,
 }
 
-/// Sends the refusal back, or drops silently where refusing is switched off or not possible.
+/// Counts a packet that is dropped, and tells its sender why, if somebody may be told; returns the code for the hook.
+#[inline(never)]
+pub fn report(skb: Skb, link: u32, reason: u32) -> i32 {
+    lookup::count(reason as u8, Direction::Ingress, skb.len());
+    answer(skb, link, reason).unwrap_or(TC_ACT_SHOT)
+}
+
 #[inline(always)]
-pub fn port_unreachable(skb: Skb, packet: &Packet, link: u32) -> Result<Verdict, DropReason> {
-    if lookup::settings().is_none_or(|settings| settings.flags & SETTING_REJECT_NO_BACKEND == 0) {
-        return Ok(Verdict::Dropped);
+fn answer(skb: Skb, link: u32, reason: u32) -> Result<i32, DropReason> {
+    let Some(packet) = lookup::scratch() else { return Ok(TC_ACT_SHOT) };
+    let packet = &*packet;
+    let mut mtu = 0;
+    let mut icmp = TIME_EXCEEDED;
+    if reason == DropReason::FragmentationNeeded as u32 {
+        if packet.whole == 0 {
+            return Ok(TC_ACT_SHOT);
+        }
+        (icmp, mtu) = (FRAGMENTATION_NEEDED, packet.mtu);
+    } else if reason == DropReason::NoBackend as u32 {
+        if lookup::settings().is_none_or(|settings| settings.flags & SETTING_REJECT_NO_BACKEND == 0) {
+            return Ok(TC_ACT_SHOT);
+        }
+        icmp = PORT_UNREACHABLE;
     }
-    if packet.ip_len > LONGEST {
-        return Ok(Verdict::Dropped);
+    if !packet.from_unicast() || !lookup::may_complain() {
+        return Ok(TC_ACT_SHOT);
     }
     let (client, vip) = (packet.flow.src.v4_raw(), packet.flow.dst.v4_raw());
-    // Without a UDP checksum the sum of the segment would have to be read: quote its header only, as RFC 792 asks for.
+    let pseudo = pseudo_header(packet);
     let mut quoted = packet.ip_len;
-    let mut payload = pseudo_header(packet);
-    if packet.unchecked != 0 {
-        quoted = (packet.l4 - packet.l3) as u16 + 8;
-        let ports = add(packet.flow.sport.raw() as u32, packet.flow.dport.raw() as u32);
-        let len = packet.ip_len - (packet.l4 - packet.l3) as u16;
-        payload = !add(ports, len.to_be() as u32);
+    let mut payload = !pseudo;
+    let whole = icmp == PORT_UNREACHABLE && packet.unchecked == 0 && packet.ip_len <= LONGEST;
+    if !whole {
+        let Some((sum, check)) = packet::transport(skb, packet) else { return Ok(TC_ACT_SHOT) };
+        if check != fold(pseudo) {
+            payload = sum;
+        }
+        quoted = (packet.l4 - packet.l3) as u16 + if packet.flow.proto == proto::TCP { 20 } else { 8 };
         skb.truncate(packet.l3 + quoted as u32)?;
     }
     let addresses = if link == ETHERNET {
-        let Some(ethernet) = packet::ethernet(skb) else { return Ok(Verdict::Dropped) };
+        let Some(ethernet) = packet::ethernet(skb) else { return Ok(TC_ACT_SHOT) };
         [ethernet.src, ethernet.dst]
     } else {
         [[0; 3]; 2]
@@ -72,8 +105,9 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, link: u32) -> Result<Verdict,
     let len = (quoted + HEADERS).to_be();
     let mut sum = add(VERSION_IHL_TOS as u32 + len as u32, DONT_FRAGMENT as u32 + TTL_ICMP as u32);
     sum = add(sum, add(vip, client));
+    let (icmp, mtu) = (icmp.to_be(), mtu.to_be());
     // The quoted IP header sums to zero by its own checksum.
-    let icmp_sum = add(PORT_UNREACHABLE as u32, !payload);
+    let icmp_sum = add(icmp as u32 + mtu as u32, payload);
     let headers = Headers {
         version_ihl_tos: VERSION_IHL_TOS,
         len,
@@ -83,15 +117,16 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, link: u32) -> Result<Verdict,
         check: !fold(sum),
         src: vip,
         dst: client,
-        icmp: PORT_UNREACHABLE,
+        icmp,
         icmp_check: !fold(icmp_sum),
         unused: 0,
+        mtu,
     };
     skb.store(packet.l3, &headers)?;
     if link == ETHERNET {
         skb.store(0, &addresses)?;
     }
-    Ok(Verdict::Answered(route::back(skb)))
+    Ok(route::back(skb))
 }
 
 /// The sum over the pseudo header (RFC 793 section 3.1).

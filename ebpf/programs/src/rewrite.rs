@@ -31,14 +31,8 @@ struct Tail {
 #[inline(always)]
 pub fn translate(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
     let old = &packet.flow;
-    let (old_src, old_dst) = (old.src.v4_raw(), old.dst.v4_raw());
-    let (src, dst) = (to.src.v4_raw(), to.dst.v4_raw());
-    let difference = add(add(!old_src, src), add(!old_dst, dst));
     let ttl = if hop { packet.ttl.wrapping_sub(1) } else { packet.ttl };
-    let hops = add(!ttl_word(packet.ttl, old.proto) & 0xffff, ttl_word(ttl, old.proto));
-    let check = !fold(add(add(!(packet.ip_check as u32) & 0xffff, hops), difference));
-    skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src, dst })?;
-
+    let difference = header(skb, packet, ttl, to.src, to.dst)?;
     let at = packet.l4 + if old.proto == proto::TCP { TCP_CHECK } else { UDP_CHECK };
     skb.replace_pseudo(at, difference, old.proto)?;
     let (from, ports) = (ports(old.sport, old.dport), ports(to.sport, to.dport));
@@ -49,9 +43,33 @@ pub fn translate(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(),
     Ok(())
 }
 
+/// Gives the IP header a TTL and addresses; returns how the sum of the addresses has changed.
+#[inline(always)]
+pub fn header(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+    let old = &packet.flow;
+    let (src, dst) = (src.v4_raw(), dst.v4_raw());
+    let difference = change(old.src.v4_raw(), src, old.dst.v4_raw(), dst);
+    let hops = add(!ttl_word(packet.ttl, old.proto) & 0xffff, ttl_word(ttl, old.proto));
+    let check = !fold(add(add(!(packet.ip_check as u32) & 0xffff, hops), difference));
+    skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src, dst })?;
+    Ok(difference)
+}
+
+/// How the sum of two words changes.
+#[inline(always)]
+pub fn change(from_a: u32, to_a: u32, from_b: u32, to_b: u32) -> u32 {
+    add(add(!from_a, to_a), add(!from_b, to_b))
+}
+
+/// A checksum after the sum that it covers has changed (RFC 1624 equation 3).
+#[inline(always)]
+pub fn updated(check: u16, difference: u32) -> u16 {
+    !fold(add(!(check as u32) & 0xffff, difference))
+}
+
 /// Both ports as one word in wire order.
 #[inline(always)]
-fn ports(sport: Be16, dport: Be16) -> u32 {
+pub fn ports(sport: Be16, dport: Be16) -> u32 {
     let ([a, b], [c, d]) = (sport.raw().to_ne_bytes(), dport.raw().to_ne_bytes());
     u32::from_ne_bytes([a, b, c, d])
 }

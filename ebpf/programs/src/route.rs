@@ -2,14 +2,14 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
-        bpf_redir_neigh,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_redir_neigh,
     },
     helpers::generated as h,
 };
 use kinesin_abi::{Addr, DropReason};
 
-use crate::skb::Skb;
+use crate::{lookup, skb::Skb};
 
 const AF_INET: u8 = 2;
 
@@ -25,13 +25,15 @@ impl Route {
     pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
 }
 
-/// Asks the kernel's routing tables.
+/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one. Where
+/// the packet does not fit, that is the error, and `Packet::mtu` says what does.
 #[inline(always)]
-pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropReason> {
+pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
     // SAFETY: integers and unions of integers; zero is valid.
     let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     query.family = AF_INET;
     query.l4_protocol = protocol;
+    query.__bindgen_anon_1.tot_len = len;
     query.ifindex = skb.ifindex();
     query.__bindgen_anon_3.ipv4_src = src.v4_raw();
     query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
@@ -47,6 +49,16 @@ pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8) -> Result<Route, DropR
         }
         // A load balancer need not be a router: without IP forwarding, back to the LAN that the packet came from.
         BPF_FIB_LKUP_RET_FWD_DISABLED => Ok(Route { ifindex: skb.ifindex(), family: 0, hop }),
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            // SAFETY: both members are the same integer.
+            let mtu = unsafe { query.__bindgen_anon_1.mtu_result };
+            // Older kernels leave the length there.
+            let mtu = if mtu < len { mtu } else { 0 };
+            if let Some(packet) = lookup::scratch() {
+                packet.mtu = mtu;
+            }
+            Err(DropReason::FragmentationNeeded)
+        }
         _ => Err(DropReason::FibLookupFailed),
     }
 }

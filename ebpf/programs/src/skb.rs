@@ -70,6 +70,12 @@ impl Skb {
         field!(self, protocol) as u16
     }
 
+    /// Payload of each segment where several were merged or are still to be made; else 0.
+    #[inline(always)]
+    pub fn segment(self) -> u32 {
+        field!(self, gso_size)
+    }
+
     /// The device whose hook runs.
     #[inline(always)]
     pub fn ifindex(self) -> u32 {

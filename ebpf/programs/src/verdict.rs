@@ -13,10 +13,10 @@ pub enum Verdict {
     Translated,
     /// Translated and sent; the code of the redirect helper.
     Sent(i32),
-    /// An answer of our own, not counted as forwarded; the code of the redirect helper.
+    /// Counted already where it counts: an answer of our own, or what another function has finished; the hook's code.
     Answered(i32),
-    /// Dropped, and counted where the reason was known.
-    Dropped,
+    /// No backend: to be dropped, counted and refused; see `reject`.
+    Refused,
 }
 
 /// Counts, and turns the decision into the code of a tc hook.
@@ -27,7 +27,7 @@ pub fn finish(skb: Skb, direction: Direction, verdict: Result<Verdict, DropReaso
     match verdict {
         Ok(Verdict::Pass) => TC_ACT_UNSPEC,
         Ok(Verdict::Answered(code)) => code,
-        Ok(Verdict::Dropped) => TC_ACT_SHOT,
+        Ok(Verdict::Refused) => TC_ACT_SHOT,
         Ok(Verdict::Translated) => {
             lookup::count(0, direction, skb.len());
             TC_ACT_UNSPEC

@@ -169,7 +169,11 @@ fn wildcards_are_shared_and_go_with_their_last_service() {
     let wildcard = frontend([192, 0, 2, 9], 0);
     update(&mut planner, &mut maps, "a", &Spec { vip: Some(9), ..web(vec![]) });
     update(&mut planner, &mut maps, "b", &Spec { ip: 2, vip: Some(9), ports: vec![81], ..web(vec![]) });
-    assert_eq!(maps.frontends[&wildcard].flags, frontend_flags::WILDCARD);
+    assert_eq!(
+        maps.frontends[&wildcard].flags,
+        frontend_flags::WILDCARD | frontend_flags::ROUTABLE,
+        "an address for outside"
+    );
     assert_eq!(maps.frontends[&wildcard].service, 0);
     assert!(planner.problems(&key("b")).is_empty());
     maps.apply_safely(&planner.remove(&key("a")));
