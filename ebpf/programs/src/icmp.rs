@@ -104,7 +104,7 @@ fn incoming(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if icmp.kind != ECHO_REQUEST || !answering {
         return Err(DropReason::UnknownIcmpType);
     }
-    if !packet.from_unicast() {
+    if !packet.has_unicast_source() {
         return Err(DropReason::InvalidPacket);
     }
     echo(skb, packet, &icmp, link)

@@ -12,7 +12,6 @@ use crate::skb::Skb;
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
-pub const TCP_ACK: u8 = 0x10;
 
 /// `more fragments` and the offset, of the IPv4 flags field.
 const FRAGMENT_OFFSET: u16 = 0x1fff;
@@ -70,7 +69,7 @@ impl Packet {
     /// Whether the source is an address of one host elsewhere, so that an answer may be sent to it (RFC 1122 section
     /// 3.2.2).
     #[inline(always)]
-    pub fn from_unicast(&self) -> bool {
+    pub fn has_unicast_source(&self) -> bool {
         let first = self.flow.src.v4_raw().to_ne_bytes()[0];
         first != 0 && first != 127 && first < 224
     }

@@ -78,7 +78,7 @@ fn answer(skb: Skb, link: u32, reason: u32) -> Result<i32, DropReason> {
         }
         icmp = PORT_UNREACHABLE;
     }
-    if !packet.from_unicast() || !lookup::may_complain() {
+    if !packet.has_unicast_source() || !lookup::may_complain() {
         return Ok(TC_ACT_SHOT);
     }
     let (client, vip) = (packet.flow.src.v4_raw(), packet.flow.dst.v4_raw());
