@@ -3,14 +3,15 @@
 //! Deliberately absent: buffering for an actor that is down. What is cast to it is dropped and counted; the levels in
 //! [`crate::table`] repair it when the next instance starts.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use metrics::{counter, gauge};
+use metrics::counter;
 use ractor::ActorRef;
+
+use crate::sync::lock;
 
 /// What travels in every mailbox.
 pub enum Envelope<M> {
@@ -187,12 +188,6 @@ impl<M: Label + Send + 'static> Address<M> {
         self.send(Envelope::Die)
     }
 
-    /// Publishes the mailbox depth; called when metrics are read.
-    pub fn report(&self) {
-        let depth = self.inner.stats.depth.load(Ordering::Relaxed).max(0);
-        gauge!("kinesin_actor_mailbox_depth", "actor" => self.inner.name).set(depth as f64);
-    }
-
     fn send(&self, envelope: Envelope<M>) -> bool {
         self.inner.living.load().as_ref().is_some_and(|actor| actor.cast(envelope).is_ok())
     }
@@ -210,8 +205,4 @@ impl Drop for Timer {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,5 +17,6 @@ pub mod metrics;
 pub mod net;
 pub mod source;
 pub mod supervisor;
+mod sync;
 pub mod table;
 pub mod world;

@@ -14,10 +14,12 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use dashmap::DashMap;
+
+use crate::sync::lock;
 
 /// What a key must be able to do.
 pub trait Key: Clone + Eq + Hash + Ord + Send + Sync + fmt::Debug + 'static {}
@@ -242,12 +244,6 @@ impl<K: Key> Listing<K> {
         }
         table.set_complete();
     }
-}
-
-/// A poisoned lock is taken anyway: every critical section here leaves the set in a valid state at each step, and the
-/// actor that panicked is restarted with everything marked as changed.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

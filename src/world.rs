@@ -2,7 +2,6 @@
 //!
 //! Deliberately absent: methods that decide anything.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ mod problems;
 mod shared;
 
 pub use problems::Problems;
-pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, PoolCounts, StatusKey, StatusOrder, StatusPatch};
+pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch};
 
 /// Everything that actors share.
 #[derive(Clone)]
@@ -53,8 +52,6 @@ pub struct World {
     pub leadership: Level<Leadership>,
     /// Written by membership.
     pub members: Level<LiveMembers>,
-    /// Written by lb_ipam (on the elected agent).
-    pub pool_counts: Level<BTreeMap<String, PoolCounts>>,
     /// Written by vip_owner: the addresses that this node answers for; absent before its first decision.
     pub claims: Level<Vec<IpAddr>>,
     /// Written by vip_owner: address and device that this node answers for, with the number of announcements it wants made
@@ -86,7 +83,6 @@ impl World {
             leadership: Level::default(),
             members: Level::default(),
             claims: Level::default(),
-            pool_counts: Level::default(),
             answered: Table::default(),
             orders: Table::default(),
             problems: Problems::default(),

@@ -2,17 +2,17 @@
 //!
 //! owns: the allocator (which addresses are taken, by whom), and the custom resource definitions' registration
 //! hears: leadership; changes of services and pools
-//! says: orders to status_writer; the pools' counters
+//! says: orders to status_writer
 //! restart story: imports every address that is in a Service's status before it allocates anything
 //!
 //! Deliberately absent: writing. An agent that loses its leadership takes its orders back and forgets the rest.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kinesin_core::lb_ipam::{Allocator, CLASS_L2, Count, Effect, Input};
+use kinesin_core::lb_ipam::{Allocator, CLASS_L2, Effect, Input};
 use kinesin_core::objects::{Node, ObjectKey, Pool, Service};
 use metrics::gauge;
 
@@ -22,7 +22,7 @@ use crate::config::{Config, DefaultIpam};
 use crate::level::Follower;
 use crate::source::Source;
 use crate::table::Subscription;
-use crate::world::{Leadership, PoolCounts, StatusKey, StatusOrder, StatusPatch, World};
+use crate::world::{Leadership, StatusKey, StatusOrder, StatusPatch, World};
 
 /// What the allocator hears.
 pub enum LbIpamMsg {
@@ -150,7 +150,6 @@ impl LbIpam {
                 self.world.orders.remove(&key);
             }
         }
-        self.world.pool_counts.set(BTreeMap::new());
     }
 
     fn register(&mut self) {
@@ -212,22 +211,15 @@ impl LbIpam {
     fn publish_counts(&self) {
         let Some(duty) = &self.duty else { return };
         let stats = duty.allocator.stats();
-        let mut counts = BTreeMap::new();
         for pool in &stats.pools {
             let name = pool.name.to_string();
             gauge!("cilium_operator_lbipam_ips_available", "pool" => name.clone()).set(pool.available.as_f64());
-            gauge!("cilium_operator_lbipam_ips_used", "pool" => name.clone()).set(pool.used.as_f64());
-            let text = |n: Count| n.to_string();
-            counts.insert(
-                name,
-                PoolCounts { total: text(pool.total), available: text(pool.available), used: text(pool.used) },
-            );
+            gauge!("cilium_operator_lbipam_ips_used", "pool" => name).set(pool.used.as_f64());
         }
         gauge!("cilium_operator_lbipam_conflicting_pools")
             .set(stats.pools.iter().filter(|pool| pool.conflicting).count() as f64);
         gauge!("cilium_operator_lbipam_services_matching").set(stats.services_matching as f64);
         gauge!("cilium_operator_lbipam_services_unsatisfied").set(stats.services_unsatisfied as f64);
-        self.world.pool_counts.set(counts);
     }
 }
 

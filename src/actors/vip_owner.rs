@@ -61,6 +61,8 @@ pub struct VipOwner {
     config: Follower<Config>,
     ownership: Ownership,
     synced: bool,
+    /// The answered table's keys, by address: a change of one address must not look at the others.
+    held: BTreeMap<IpAddr, BTreeSet<u32>>,
     policy_status: BTreeMap<SmolStr, Vec<Condition>>,
     serial: u64,
     alarm: Option<Timer>,
@@ -83,6 +85,7 @@ impl Actor for VipOwner {
             config: world.config.follow(wake),
             ownership: Ownership::new(world.node.clone()),
             synced: false,
+            held: by_address(world.answered.keys()),
             policy_status: BTreeMap::new(),
             serial: world.orders.rows().iter().map(|(_, order)| order.serial).max().unwrap_or(0),
             alarm: None,
@@ -158,7 +161,7 @@ impl VipOwner {
 
     /// What an earlier instance claimed: of this process (the answered table), or of one before (the presence record).
     fn held_before(&self) -> Vec<IpAddr> {
-        let mut held: BTreeSet<_> = self.world.answered.keys().into_iter().map(|(ip, _)| ip).collect();
+        let mut held: BTreeSet<_> = self.held.keys().copied().collect();
         if let Some(live) = self.world.members.get() {
             let mine = live.members.records.get(&self.world.node);
             held.extend(mine.iter().flat_map(|record| record.claims.iter().copied()));
@@ -174,7 +177,7 @@ impl VipOwner {
                 Effect::Announce { addr, device } => {
                     let key = (addr, device.ifindex);
                     let before = self.world.answered.get(&key).map_or(0, |count| *count);
-                    self.world.answered.put(key, before + 1);
+                    self.answer(key, before + 1);
                 }
                 Effect::PolicyStatus { name, conditions } => {
                     self.policy_status.insert(name.clone(), conditions);
@@ -190,29 +193,37 @@ impl VipOwner {
         for device in devices {
             let key = (addr, device.ifindex);
             if self.world.answered.get(&key).is_none() {
-                self.world.answered.put(key, 0);
+                self.answer(key, 0);
             }
         }
         self.release(addr, devices);
     }
 
+    fn answer(&mut self, key: (IpAddr, u32), announcements: u64) {
+        self.held.entry(key.0).or_default().insert(key.1);
+        self.world.answered.put(key, announcements);
+    }
+
     /// Stops answering for an address, except on these devices.
-    fn release(&self, addr: IpAddr, except: &[DeviceId]) {
-        for key in self.world.answered.keys().into_iter().filter(|(ip, _)| *ip == addr) {
-            if !except.iter().any(|device| device.ifindex == key.1) {
-                self.world.answered.remove(&key);
-                tracing::info!(address = %addr, ifindex = key.1, "released");
+    fn release(&mut self, addr: IpAddr, except: &[DeviceId]) {
+        let Some(devices) = self.held.get_mut(&addr) else { return };
+        let answered = &self.world.answered;
+        devices.retain(|ifindex| {
+            let stays = except.iter().any(|device| device.ifindex == *ifindex);
+            if !stays && answered.remove(&(addr, *ifindex)) {
+                tracing::info!(address = %addr, ifindex, "released");
             }
+            stays
+        });
+        if devices.is_empty() {
+            self.held.remove(&addr);
         }
     }
 
-    fn forget_unclaimed(&self) {
+    fn forget_unclaimed(&mut self) {
         let claims: BTreeSet<_> = self.ownership.claims().into_iter().collect();
-        for key in self.world.answered.keys() {
-            if !claims.contains(&key.0) {
-                self.world.answered.remove(&key);
-            }
-        }
+        let unclaimed: Vec<_> = self.held.keys().copied().filter(|addr| !claims.contains(addr)).collect();
+        unclaimed.into_iter().for_each(|addr| self.release(addr, &[]));
     }
 
     /// Every agent comes to the same conditions; the elected one writes them.
@@ -245,6 +256,14 @@ impl VipOwner {
             self.me.cast_after(delay, VipOwnerMsg::Alarm)
         });
     }
+}
+
+fn by_address(keys: Vec<(IpAddr, u32)>) -> BTreeMap<IpAddr, BTreeSet<u32>> {
+    let mut held = BTreeMap::<_, BTreeSet<_>>::new();
+    for (addr, ifindex) in keys {
+        held.entry(addr).or_default().insert(ifindex);
+    }
+    held
 }
 
 /// Where a Service's ready backends are.

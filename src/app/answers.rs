@@ -2,7 +2,6 @@
 //!
 //! Deliberately absent: state of its own, but for the tree, which exists only after this.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -364,15 +363,4 @@ impl Api for Answers {
         }
         .boxed()
     }
-}
-
-/// Restarts by cause, for the tree.
-pub(super) fn restarts(stats: &crate::address::Stats) -> BTreeMap<String, u64> {
-    let count =
-        |cause: crate::address::Cause| stats.restarts[cause as usize].load(std::sync::atomic::Ordering::Relaxed);
-    crate::address::Cause::ALL
-        .into_iter()
-        .filter(|c| count(*c) > 0)
-        .map(|c| (c.as_str().to_owned(), count(c)))
-        .collect()
 }

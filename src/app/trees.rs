@@ -1,10 +1,11 @@
 //! The supervision tree as people read it.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use metrics::gauge;
 
-use super::answers::restarts;
+use crate::address::{Cause, Stats};
 use crate::admin::views::{NodeKind, NodeState, TreeView};
 use crate::supervisor::{Child, Strategy};
 
@@ -31,6 +32,11 @@ pub(super) fn view(child: &Child) -> TreeView {
         uptime_seconds: stats.uptime().map(|uptime| uptime.as_secs()),
         children: below.map(|(_, children)| children.iter().map(view).collect()).unwrap_or_default(),
     }
+}
+
+fn restarts(stats: &Stats) -> BTreeMap<String, u64> {
+    let count = |cause: Cause| stats.restarts[cause as usize].load(Ordering::Relaxed);
+    Cause::ALL.into_iter().filter(|c| count(*c) > 0).map(|c| (c.as_str().to_owned(), count(c))).collect()
 }
 
 /// Publishes what is only known by looking.

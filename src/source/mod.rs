@@ -21,7 +21,7 @@ pub use kubernetes::{ConnectError, KubernetesOptions, KubernetesSource};
 pub use manifests::{ManifestsSource, OpenError};
 
 /// Type of the only condition that Kinesin writes on Services, the one that LB-IPAM users know from Cilium.
-pub const IPAM_CONDITION: &str = "cilium.io/IPAMRequestSatisfied";
+pub use kinesin_core::lb_ipam::CONDITION_SATISFIED as IPAM_CONDITION;
 
 /// Label on every Lease that Kinesin writes, with the value [`LEASE_LABEL_VALUE`]; [`Source::leases`] delivers only these.
 pub const LEASE_LABEL: &str = "app.kubernetes.io/managed-by";

@@ -69,17 +69,6 @@ pub struct LiveMembers {
     pub settled: bool,
 }
 
-/// One pool's counters.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PoolCounts {
-    /// Decimal: IPv6 ranges exceed 64 bits.
-    pub total: String,
-    /// Free to be handed out.
-    pub available: String,
-    /// Handed out or reserved.
-    pub used: String,
-}
-
 /// What status_writer writes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StatusKey {
