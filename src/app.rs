@@ -21,6 +21,7 @@ use crate::actors::loader::Loader;
 use crate::actors::map_writer::MapWriter;
 use crate::actors::membership::Membership;
 use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PolicyWatcher, PoolWatcher};
+use crate::actors::service_health::ServiceHealth;
 use crate::actors::service_watcher::ServiceWatcher;
 use crate::actors::status_writer::StatusWriter;
 use crate::actors::vip_owner::{VipOwner, VipOwnerMsg};
@@ -176,6 +177,7 @@ fn tree(
         POLICY,
         vec![
             Child::actor::<ConfigWatcher>(&Address::new("config_watcher"), move || config.clone()),
+            Child::actor::<ServiceHealth>(&Address::new("service_health"), w()),
             Child::actor::<Health>(&Address::new("health_server"), {
                 let world = world.clone();
                 move || (world.clone(), api.clone() as Arc<dyn Api>)

@@ -1,12 +1,12 @@
 //! The levels that the agent's actors share. Each has exactly one writer, named at its field.
 //!
-//! Deliberately absent: methods that decide anything.
+//! Deliberately absent: methods that change anything.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pool, Service};
-use kinesin_core::services::{Compiled, ServiceKey};
+use kinesin_core::services::{Compiled, HealthCheck, ServiceKey};
 use smol_str::SmolStr;
 
 use crate::config::Config;
@@ -44,6 +44,8 @@ pub struct World {
     pub maps: Level<MapsHandle>,
     /// Written by endpoint_syncer.
     pub compiled: Table<ServiceKey, Compiled>,
+    /// Written by endpoint_syncer: what load balancers outside are told of this node, for the few Services that have it.
+    pub health_checks: Table<ServiceKey, HealthCheck>,
     /// Written by map_writer: services whose entries could not be written, and why.
     pub unwritten: Table<ServiceKey, String>,
     /// Written by map_writer: set once the first complete sync is in the maps.
@@ -78,6 +80,7 @@ impl World {
             devices: Level::default(),
             maps: Level::default(),
             compiled: Table::default(),
+            health_checks: Table::default(),
             unwritten: Table::default(),
             programmed: Level::with(false),
             leadership: Level::default(),
@@ -87,6 +90,15 @@ impl World {
             orders: Table::default(),
             problems: Problems::default(),
         }
+    }
+
+    /// Why traffic should not be sent here for now, in the sense of kube-proxy's health; empty when all is well.
+    pub fn unhealthy(&self) -> Vec<String> {
+        let mut reasons = self.problems.of("maps");
+        if !self.programmed.get().is_some_and(|programmed| *programmed) {
+            reasons.push("the first complete sync is not in the maps yet".into());
+        }
+        reasons
     }
 
     /// The configuration in force.

@@ -271,12 +271,31 @@ fn healthz_is_503_until_the_first_complete_sync_and_has_kube_proxys_fields() {
     let agent = Agent::start();
     let (head, body) = ask(agent.healthz, "/healthz");
     assert!(head.starts_with("HTTP/1.1 503"), "{head}");
-    assert_eq!(body, r#"{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"2026-01-02T03:04:05Z"}"#);
+    let never = "0001-01-01T00:00:00Z";
+    let now = "2026-01-02T03:04:05Z";
+    let family =
+        |time: &str, healthy: bool| format!(r#""status":{{"IPv4":{{"lastUpdated":"{time}","healthy":{healthy}}}}}"#);
+    let expected = format!(
+        r#"{{"lastUpdated":"{never}","currentTime":"{now}","nodeEligible":true,"healthy":false,{}}}"#,
+        family(never, false)
+    );
+    assert_eq!(body, expected);
     agent.api.synced.store(true, Ordering::SeqCst);
     let (head, body) = ask(agent.healthz, "/healthz");
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert!(head.to_lowercase().contains("x-content-type-options: nosniff"), "{head}");
-    assert_eq!(body, r#"{"lastUpdated":"2026-01-02T03:04:05Z","currentTime":"2026-01-02T03:04:05Z"}"#);
+    let well = |eligible: &str| {
+        format!(r#"{{"lastUpdated":"{now}","currentTime":"{now}",{eligible}"healthy":true,{}}}"#, family(now, true))
+    };
+    assert_eq!(body, well(r#""nodeEligible":true,"#));
+    // A node that goes away is drained, while the proxy on it is left alone.
+    agent.api.leaving.store(true, Ordering::SeqCst);
+    let (head, body) = ask(agent.healthz, "/healthz");
+    assert!(head.starts_with("HTTP/1.1 503"), "{head}");
+    assert_eq!(body, well(r#""nodeEligible":false,"#));
+    let (head, body) = ask(agent.healthz, "/livez");
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert_eq!(body, well(""));
     assert!(ask(agent.healthz, "/metrics").0.starts_with("HTTP/1.1 404"), "this address serves nothing else");
 }
 

@@ -1,8 +1,8 @@
 //! Compiles Services and their EndpointSlices into what clients can connect to.
 //!
-//! owns: the compiled table, and the index from Services to their slices
+//! owns: the compiled table, the health checks' table, and the index from Services to their slices
 //! hears: changes of services, slices, this node's labels and addresses, the configuration
-//! says: changed services to the compiled table's subscribers
+//! says: changed services to the compiled table's subscribers; health checks
 //! restart story: recompiles everything from the tables; equal results wake nobody
 //!
 //! A change of one slice recompiles one Service: its cost is that Service's endpoints, whatever else exists.
@@ -46,6 +46,8 @@ pub struct EndpointSyncer {
     index: SliceIndex,
     context: NodeContext,
     compiled: Table<ServiceKey, Compiled>,
+    /// Rows of an instance before: their Services may have gone while there was none.
+    inherited: Vec<ServiceKey>,
 }
 
 impl Actor for EndpointSyncer {
@@ -62,6 +64,7 @@ impl Actor for EndpointSyncer {
             config: world.config.follow(wake),
             index: SliceIndex::default(),
             context: NodeContext::default(),
+            inherited: world.compiled.keys(),
             compiled: world.compiled.clone(),
             world,
         })
@@ -89,6 +92,7 @@ impl EndpointSyncer {
         }
         let mut dirty: BTreeMap<_, _> =
             self.services.take_since().into_iter().map(|(key, _, since)| (key, since)).collect();
+        dirty.extend(std::mem::take(&mut self.inherited).into_iter().map(|key| (key, Instant::now())));
         for (key, slice, since) in self.slices.take_since() {
             let services = match slice {
                 Some(slice) => self.index.upsert(slice),
@@ -119,12 +123,17 @@ impl EndpointSyncer {
 
     fn compile(&self, key: &ServiceKey, since: Instant) {
         let Some(service) = self.world.services.get(key) else {
+            self.world.health_checks.remove(key);
             if self.compiled.remove(key) {
                 counter!("kinesin_services_events_total", "action" => "delete").increment(1);
             }
             return;
         };
         let compiled = services::compile(&service, self.index.slices(key), &self.context);
+        match compiled.health_check {
+            Some(check) => drop(self.world.health_checks.put(key.clone(), check)),
+            None => drop(self.world.health_checks.remove(key)),
+        }
         if self.compiled.put_since(key.clone(), compiled, since) {
             counter!("kinesin_services_events_total", "action" => "update").increment(1);
         }
@@ -156,6 +165,9 @@ fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -
         default_lb_ipam: config.lb_ipam.default_for == config::DefaultIpam::LbIpam,
         service_topology: config.services.topology,
         external_cluster_ip: config.services.external_cluster_ip,
+        kube_proxy_replacement: config.services.kube_proxy_replacement,
+        health_check_node_ports: config.services.health_check_node_ports,
+        health_check_on_load_balancer: config.services.health_check_on_load_balancer,
         source_range_all_types: config.services.source_range_all_types,
     }
 }

@@ -49,7 +49,9 @@ struct Listening {
 impl From<&Config> for Listening {
     fn from(config: &Config) -> Self {
         let observe = &config.observe;
-        Self { socket: config.paths.socket.clone(), metrics: observe.prometheus, healthz: observe.healthz }
+        // Without the replacement kube-proxy itself listens there.
+        let healthz = observe.healthz.filter(|_| config.services.kube_proxy_replacement);
+        Self { socket: config.paths.socket.clone(), metrics: observe.prometheus, healthz }
     }
 }
 

@@ -16,6 +16,7 @@ pub mod loader;
 pub mod map_writer;
 pub mod membership;
 pub mod object_watcher;
+pub mod service_health;
 pub mod service_watcher;
 pub mod status_writer;
 pub mod vip_owner;

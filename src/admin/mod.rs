@@ -54,7 +54,7 @@ pub trait Api: Send + Sync + 'static {
     fn kill<'a>(&'a self, actor: &'a str) -> BoxFuture<'a, Result<(), ApiError>>;
     /// The metrics in Prometheus' text format.
     fn metrics(&self) -> BoxFuture<'_, String>;
-    /// Whether new traffic may be sent here.
+    /// Whether new traffic may be sent here: the first complete sync is done.
     fn ready(&self) -> Readiness;
     /// Whether the process should be left running.
     fn live(&self) -> Readiness;

@@ -1,5 +1,6 @@
-//! What other programs ask: `/metrics`, `/livez`, `/readyz`, and kube-proxy's `/healthz`.
+//! What other programs ask: `/metrics`, `/livez`, `/readyz`, and kube-proxy's `/healthz` and `/livez`.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
+use metrics::counter;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
@@ -45,7 +47,7 @@ pub async fn serve_metrics(
     axum::serve(listener, router(api)).with_graceful_shutdown(shutdown).await
 }
 
-/// Serves only `/healthz`, as kube-proxy does on its health address, until `shutdown` completes.
+/// Serves only `/healthz` and `/livez`, as kube-proxy does on its health address, until `shutdown` completes.
 ///
 /// # Errors
 /// None that a caller could act on; accept errors are retried inside.
@@ -54,7 +56,7 @@ pub async fn serve_healthz(
     api: Arc<dyn Api>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let router = Router::new().route("/healthz", get(healthz)).with_state(api);
+    let router = Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).with_state(api);
     axum::serve(listener, router).with_graceful_shutdown(shutdown).await
 }
 
@@ -77,24 +79,54 @@ fn probe(answer: Readiness) -> Response {
     (code, Json(answer)).into_response()
 }
 
-/// Body of `/healthz`, with kube-proxy's names.
+/// Body of kube-proxy's two answers, with its names and order.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct HealthzBody {
+struct ProxyHealth {
     last_updated: String,
     current_time: String,
+    /// Only in `/healthz`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    status: BTreeMap<&'static str, FamilyHealth>,
+}
+
+/// Health of one address family: here both share their fate.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct FamilyHealth {
+    last_updated: String,
+    healthy: bool,
 }
 
 /// What Go prints for a time that never was.
 const NEVER: &str = "0001-01-01T00:00:00Z";
 
+/// Whether load balancers elsewhere should send traffic here.
 async fn healthz(State(api): State<Shared>) -> Response {
-    let Healthz { ok, last_updated, current } = api.healthz();
-    let body = HealthzBody {
-        last_updated: last_updated.map_or_else(|| NEVER.into(), |time| time.to_string()),
-        current_time: current.to_string(),
+    let health = api.healthz();
+    let eligible = health.node_eligible;
+    proxy_health("healthz", health.healthy && eligible, &health, Some(eligible))
+}
+
+/// Whether the proxy works, on a node that is going away too: KEP-3836 keeps the kubelet from restarting it for that.
+async fn livez(State(api): State<Shared>) -> Response {
+    let health = api.healthz();
+    proxy_health("livez", health.healthy, &health, None)
+}
+
+fn proxy_health(path: &'static str, ok: bool, health: &Healthz, node_eligible: Option<bool>) -> Response {
+    let last_updated = || health.last_updated.map_or_else(|| NEVER.into(), |time| time.to_string());
+    let family = |name: &&'static str| (*name, FamilyHealth { last_updated: last_updated(), healthy: health.healthy });
+    let body = ProxyHealth {
+        last_updated: last_updated(),
+        current_time: health.current.to_string(),
+        node_eligible,
+        healthy: health.healthy,
+        status: health.families.iter().map(family).collect(),
     };
-    // Without a complete sync there is nothing that could be healthy.
-    let code = if ok && last_updated.is_some() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let code = if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    counter!("kinesin_proxy_health_answers_total", "path" => path, "code" => code.as_str().to_owned()).increment(1);
     (code, [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], Json(body)).into_response()
 }

@@ -315,8 +315,12 @@ pub struct Readiness {
 /// What kube-proxy's health server tells cloud load balancers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Healthz {
-    /// The first complete sync is in the maps, the agent is well, and the node is not going away.
-    pub ok: bool,
+    /// The first complete sync is in the maps and the agent is well.
+    pub healthy: bool,
+    /// The node is not going away ([`kinesin_core::objects::Node::is_leaving`]).
+    pub node_eligible: bool,
+    /// Families that are served: `IPv4`, `IPv6`.
+    pub families: Vec<&'static str>,
     /// When the maps were last known to be right; `None` before the first complete sync.
     pub last_updated: Option<Timestamp>,
     /// Now.

@@ -2,7 +2,7 @@
 //!
 //! Deliberately absent: state of its own, but for the tree, which exists only after this.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use futures::future::{BoxFuture, FutureExt};
@@ -23,6 +23,7 @@ use crate::config::{Algorithm, Report};
 use crate::level::Level;
 use crate::source::Source;
 use crate::supervisor::Child;
+use crate::sync::lock;
 use crate::world::World;
 
 /// Implements [`Api`].
@@ -34,8 +35,15 @@ pub(super) struct Answers {
     vip_owner: Address<VipOwnerMsg>,
     tree: OnceLock<Child>,
     began: Instant,
-    /// When the maps were last known to be right.
-    last_good: Mutex<Option<Timestamp>>,
+    told: Mutex<Told>,
+}
+
+/// What was last said of kube-proxy's health.
+struct Told {
+    healthy: bool,
+    node_eligible: bool,
+    /// When traffic was last known to be welcome.
+    last_good: Option<Timestamp>,
 }
 
 impl Answers {
@@ -46,8 +54,10 @@ impl Answers {
         metrics: PrometheusHandle,
         vip_owner: Address<VipOwnerMsg>,
     ) -> Arc<Self> {
-        let (tree, began, last_good) = (OnceLock::new(), Instant::now(), Mutex::new(None));
-        Arc::new(Self { world, source, report, metrics, vip_owner, tree, began, last_good })
+        let (tree, began) = (OnceLock::new(), Instant::now());
+        // As nothing is programmed yet, the first good answer is a change.
+        let told = Mutex::new(Told { healthy: false, node_eligible: true, last_good: None });
+        Arc::new(Self { world, source, report, metrics, vip_owner, tree, began, told })
     }
 
     /// Completes the answers; before, there are no actors to tell of.
@@ -347,12 +357,25 @@ impl Api for Answers {
 
     fn healthz(&self) -> Healthz {
         let current = Timestamp::now();
-        let ok = self.programmed() && !objects::node_is_leaving(&self.world);
-        let mut last_good = self.last_good.lock().unwrap_or_else(PoisonError::into_inner);
-        if ok {
-            *last_good = Some(current);
+        let reasons = self.world.unhealthy();
+        let (healthy, node_eligible) = (reasons.is_empty(), !objects::node_is_leaving(&self.world));
+        let mut told = lock(&self.told);
+        if told.healthy != healthy || told.node_eligible != node_eligible {
+            tracing::info!(healthy, node_eligible, reasons = reasons.join("; "), "kube-proxy health changed");
         }
-        Healthz { ok, last_updated: *last_good, current }
+        (told.healthy, told.node_eligible) = (healthy, node_eligible);
+        if healthy && node_eligible {
+            told.last_good = Some(current);
+        }
+        let families = &self.world.config().families;
+        let served = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
+        Healthz {
+            healthy,
+            node_eligible,
+            families: served.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect(),
+            last_updated: told.last_good,
+            current,
+        }
     }
 
     fn config(&self) -> BoxFuture<'_, ConfigView> {

@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kinesin_core::objects::{Node, Object, ObjectKey};
+use kinesin_core::objects::{Object, ObjectKey};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::admin::ApiError;
+use crate::config::SourceKind;
 use crate::table::Table;
 use crate::world::World;
 
@@ -55,10 +56,13 @@ pub(super) fn kebab(value: &impl Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Whether load balancers elsewhere should stop sending traffic here.
+/// Whether load balancers elsewhere should stop sending traffic here. A node that the API server does not have (any more)
+/// is leaving; in a directory of manifests nodes need not be written down.
 pub(super) fn node_is_leaving(world: &World) -> bool {
-    let node: Option<Arc<Node>> = world.nodes.get(&ObjectKey::new("", world.node.clone()));
-    node.is_some_and(|node| node.metadata.deletion_timestamp.is_some())
+    match world.nodes.get(&ObjectKey::new("", world.node.clone())) {
+        Some(node) => node.is_leaving(),
+        None => world.nodes.is_complete() && world.config().source.kind == SourceKind::Kubernetes,
+    }
 }
 
 /// What is in a table, one line.

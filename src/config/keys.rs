@@ -253,6 +253,20 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "enable-health-check-nodeport",
+        "true",
+        Kind::Bool(|c| &mut c.services.health_check_node_ports),
+        "Answer on `healthCheckNodePort` of LoadBalancer Services with `externalTrafficPolicy: Local`.",
+    ),
+    live(
+        SERVICES,
+        "enable-health-check-loadbalancer-ip",
+        "false",
+        Kind::Bool(|c| &mut c.services.health_check_on_load_balancer),
+        "Answer health checks at the load balancer's addresses too, not only at the node's.",
+    ),
+    live(
+        SERVICES,
         "service-no-backend-response",
         "reject",
         Kind::Choice(|c| &mut c.services.no_backend),
@@ -368,7 +382,7 @@ pub static KEYS: &[KeyDef] = &[
         "kube-proxy-replacement-healthz-bind-address",
         "",
         Kind::Listen(|c| &mut c.observe.healthz),
-        "Where `GET /healthz` answers as kube-proxy's does.",
+        "Where `/healthz` and `/livez` answer as kube-proxy's do: 503 while the agent is unhealthy, `/healthz` also when the node is going away.",
     ),
     live(
         OBSERVE,

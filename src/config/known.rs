@@ -146,8 +146,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "enable-gateway-api-app-protocol",
     "enable-gateway-api-proxy-protocol",
     "enable-gateway-api-secrets-sync",
-    "enable-health-check-loadbalancer-ip",
-    "enable-health-check-nodeport",
     "enable-health-checking",
     "enable-high-scale-ipcache",
     "enable-host-firewall",

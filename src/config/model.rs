@@ -183,6 +183,10 @@ pub struct Services {
     pub external_cluster_ip: bool,
     /// `bpf-lb-source-range-all-types`
     pub source_range_all_types: bool,
+    /// `enable-health-check-nodeport`
+    pub health_check_node_ports: bool,
+    /// `enable-health-check-loadbalancer-ip`
+    pub health_check_on_load_balancer: bool,
     /// `service-no-backend-response`
     pub no_backend: NoBackend,
     /// `vip-ping`

@@ -34,7 +34,8 @@ impl Problems {
         self.0.rows().into_iter().map(|(area, texts)| (area, texts.to_vec())).collect()
     }
 
-    fn of(&self, area: &'static str) -> Vec<String> {
+    /// An area's problems.
+    pub fn of(&self, area: &'static str) -> Vec<String> {
         self.0.get(&area).map(|texts| texts.to_vec()).unwrap_or_default()
     }
 

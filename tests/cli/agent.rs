@@ -23,6 +23,7 @@ use tokio::sync::oneshot;
 #[derive(Default)]
 pub(crate) struct Sample {
     pub(crate) synced: AtomicBool,
+    pub(crate) leaving: AtomicBool,
     pub(crate) killed: Mutex<Vec<String>>,
 }
 
@@ -208,7 +209,9 @@ impl Api for Sample {
     fn healthz(&self) -> Healthz {
         let synced = self.synced.load(Ordering::SeqCst);
         let now = "2026-01-02T03:04:05Z".parse().unwrap();
-        Healthz { ok: true, last_updated: synced.then_some(now), current: now }
+        let last_updated = synced.then_some(now);
+        let node_eligible = !self.leaving.load(Ordering::SeqCst);
+        Healthz { healthy: synced, node_eligible, families: vec!["IPv4"], last_updated, current: now }
     }
 
     fn config(&self) -> BoxFuture<'_, ConfigView> {

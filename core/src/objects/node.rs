@@ -19,6 +19,17 @@ pub struct Node {
     #[serde(deserialize_with = "null_default")]
     pub status: NodeStatus,
 }
+/// Taint that the cluster autoscaler puts on a node before it deletes it.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+impl Node {
+    /// Whether load balancers outside should stop sending traffic to the node, by the rule of kube-proxy's `/healthz`: it is
+    /// being deleted, or the autoscaler says that it soon will be. A cordoned node (`spec.unschedulable`) goes on serving.
+    pub fn is_leaving(&self) -> bool {
+        self.metadata.deletion_timestamp.is_some() || self.spec.taints.iter().any(|taint| taint.key == TO_BE_DELETED)
+    }
+}
+
 object!(Node, "Node", ["v1"], "nodes", namespaced: false);
 
 /// `spec`.

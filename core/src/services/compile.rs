@@ -8,7 +8,7 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, exposure, ranges, topology};
+use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, exposure, health, ranges, topology};
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
@@ -58,13 +58,19 @@ pub struct NodeContext {
     pub external_cluster_ip: bool,
     /// `enable-service-topology`: hints of EndpointSlices are used by the Services that ask for it.
     pub service_topology: bool,
+    /// `kube-proxy-replacement`: NodePorts, host ports and health-check node ports are ours to serve.
+    pub kube_proxy_replacement: bool,
+    /// `enable-health-check-nodeport`
+    pub health_check_node_ports: bool,
+    /// `enable-health-check-loadbalancer-ip`: health checks are answered at the load balancer's addresses too.
+    pub health_check_on_load_balancer: bool,
     /// `bpf-lb-source-range-all-types`: source ranges restrict all frontends of a Service, not only its load balancer's
     /// addresses.
     pub source_range_all_types: bool,
 }
 
 impl Default for NodeContext {
-    /// The configuration's defaults, on a node without name and addresses.
+    /// The configuration's defaults with `kube-proxy-replacement=true`, on a node without name and addresses.
     fn default() -> Self {
         Self {
             name: SmolStr::default(),
@@ -78,6 +84,9 @@ impl Default for NodeContext {
             default_lb_ipam: true,
             external_cluster_ip: false,
             service_topology: false,
+            kube_proxy_replacement: true,
+            health_check_node_ports: true,
+            health_check_on_load_balancer: false,
             source_range_all_types: false,
         }
     }
@@ -94,7 +103,7 @@ impl Default for NodeContext {
 /// | ClusterIP | `spec.clusterIPs` | by `internalTrafficPolicy` (and dropped unless routable) | by `internalTrafficPolicy` |
 /// | LoadBalancer | `status.loadBalancer.ingress[].ip` with `ipMode` VIP or none | by `externalTrafficPolicy` | all |
 /// | ExternalIPs | `spec.externalIPs`, any type | by `externalTrafficPolicy` | all |
-/// | NodePort | `node_port_addresses`, and `0.0.0.0` and `::` for local sockets | by `externalTrafficPolicy` | all |
+/// | NodePort, with `kube_proxy_replacement` | `node_port_addresses`, and `0.0.0.0` and `::` for local sockets | by `externalTrafficPolicy` | all |
 ///
 /// `Local` keeps the endpoints whose `nodeName` is this node's or absent. It does not restrict clients inside the cluster
 /// that use an outside address, as in Kubernetes. A frontend has backends of its own family only. Frontends without usable
@@ -124,6 +133,7 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
     let ranges = ranges::source_ranges(service, &mut problems);
     let mut builder = Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, ranges, problems };
     builder.affinity = builder.affinity_timeout();
+    let mut health = health::Tally::of(service, node);
     let prefer = topology::preference(service, node, &mut builder.problems);
     let mut addresses = builder.addresses();
     if let Some(only) = exposure::only_kind(service, &mut builder.problems) {
@@ -143,6 +153,9 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
         }
         let port_ref = PortRef { name: &port.name, proto };
         let (all, hints) = endpoints::gather(&port_ref, &slices, node, &mut builder.problems);
+        if let Some(health) = &mut health {
+            health.count(&all);
+        }
         let near = [false, true].map(|v4| topology::near(&all, &hints, prefer, v4));
         let mut sets = PortSets { all: &all, near, known: [None; 4] };
         for &(addr, kind) in &addresses {
@@ -152,12 +165,16 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
             }
         }
     }
+    if let Some(health) = &health {
+        builder.health_frontends(&addresses, health.port());
+    }
     builder.wildcards(&addresses);
     let applies = builder.out.values().any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0);
     Compiled {
         frontends: builder.out.into_values().collect(),
         sets: builder.sets,
         source_ranges: builder.ranges.filter(|_| applies),
+        health_check: health.map(health::Tally::finish),
         problems: builder.problems.finish(),
     }
 }
@@ -176,14 +193,15 @@ fn is_ours(service: &Service, node: &NodeContext) -> bool {
     proxy_is_us && !headless && service.spec.kind != ServiceType::ExternalName
 }
 
-struct Builder<'a> {
+/// A Service on its way to being [`Compiled`].
+pub(super) struct Builder<'a> {
     service: &'a Service,
-    node: &'a NodeContext,
-    out: BTreeMap<(IpAddr, u16, u8), Frontend>,
+    pub(super) node: &'a NodeContext,
+    pub(super) out: BTreeMap<(IpAddr, u16, u8), Frontend>,
     sets: Vec<BackendSet>,
     affinity: u32,
     ranges: Option<SourceRanges>,
-    problems: Problems,
+    pub(super) problems: Problems,
 }
 
 /// The sets of one port, each made when the first frontend needs it.
@@ -245,7 +263,7 @@ impl Builder<'_> {
         for ip in &spec.external_ips {
             self.frontend_address("spec.externalIPs", ip, FrontendKind::ExternalIps, &mut found);
         }
-        if matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
+        if self.node.kube_proxy_replacement && matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
             let families = self.node_port_families(&found);
             let surrogates = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
             let own = self.node.node_port_addresses.iter().map(IpAddr::to_canonical);
@@ -374,12 +392,17 @@ impl Builder<'_> {
                     near.is_none_or(|near| near.contains(&(backend.addr, backend.port)))
                 }
         });
-        let index = self.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
-            self.sets.push(set);
-            self.sets.len() - 1
-        });
+        let index = self.intern(set);
         *known = Some(index);
         index
+    }
+
+    /// Index of a set; equal ones share it.
+    pub(super) fn intern(&mut self, set: BackendSet) -> usize {
+        self.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
+            self.sets.push(set);
+            self.sets.len() - 1
+        })
     }
 
     fn wildcards(&mut self, addresses: &[(IpAddr, FrontendKind)]) {

@@ -7,6 +7,7 @@
 mod compile;
 mod endpoints;
 mod exposure;
+mod health;
 mod index;
 mod problems;
 mod ranges;
@@ -14,6 +15,7 @@ mod topology;
 mod view;
 
 pub use compile::{Algorithm, NodeContext, compile};
+pub use health::{HealthCheck, HealthPorts};
 pub use index::SliceIndex;
 pub use view::{address_text, view};
 
@@ -36,6 +38,8 @@ pub struct Compiled {
     pub sets: Vec<BackendSet>,
     /// Who may connect to the frontends flagged [`kinesin_abi::frontend_flags::SOURCE_RANGES`]; none where all may.
     pub source_ranges: Option<SourceRanges>,
+    /// What load balancers outside are told about this node; none where the Service has no health checks.
+    pub health_check: Option<HealthCheck>,
     /// Parts of the object that could not be used, each naming the field and the fix.
     pub problems: Vec<String>,
 }

@@ -1,6 +1,7 @@
 //! Objects are written as manifests here, so that these tests also show what the types read.
 
 mod exposure;
+mod health;
 mod index;
 mod rules;
 mod topology;
