@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use kinesin::admin::views::StatusView;
-use kinesin::lab::{AgentHandle, AgentOptions, Lab, Pod};
+use kinesin::lab::{AgentHandle, AgentOptions, Lab, Pod, manifests};
 use kinesin::net::Netns;
 use serde_json::{Value, json};
 use tokio::net::TcpSocket;
@@ -38,7 +38,7 @@ impl Answer {
 }
 
 impl Rig {
-    /// Both agents are ready; no manifests but the two nodes yet.
+    /// Both agents are ready; no manifests but the two nodes and the guide's pool and policy yet.
     pub(crate) async fn start(name: &str, config: &[(&str, &str)]) -> Self {
         let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
         let lab = builder.nodes(NODES).pods_per_node(2).build().await.unwrap();
@@ -46,6 +46,7 @@ impl Rig {
             pod.serve().await.unwrap();
         }
         let mut rig = Self { agents: Vec::new(), lab };
+        std::fs::write(rig.lab.manifests_dir().join("pool-and-policy.yaml"), manifests::POOL_AND_POLICY).unwrap();
         for number in 1..=NODES {
             rig.put_node(number, &json!({}));
         }
@@ -71,10 +72,6 @@ impl Rig {
         let early = dir.join(format!(".{name}.new"));
         std::fs::write(&early, object.to_string()).unwrap();
         std::fs::rename(early, dir.join(format!("{name}.json"))).unwrap();
-    }
-
-    pub(crate) fn remove(&self, name: &str) {
-        std::fs::remove_file(self.lab.manifests_dir().join(format!("{name}.json"))).unwrap();
     }
 
     /// Writes a Node with its address and this `spec`.
