@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh          what `make run` needs: the pinned Rust, the pinned nightly for eBPF, LLVM, bpf-linker
 #   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run, and ip(8)
+#   scripts/setup.sh kernels  and what `make test-kernels` needs: qemu, and the tools to pack a kernel's first files
 #   scripts/setup.sh check    and what `make check` needs: cargo-deny, and the nightly's clippy
 #
 # Every version is read from the file that decides it (rust-toolchain.toml, build.rs) or set once below. When nothing is
@@ -29,8 +30,8 @@ die() {
 have() { command -v "$1" >/dev/null 2>&1; }
 
 case $purpose in
-run | test | check) ;;
-*) die "unknown purpose '$purpose'" "usage: scripts/setup.sh [run|test|check]" ;;
+run | test | kernels | check) ;;
+*) die "unknown purpose '$purpose'" "usage: scripts/setup.sh [run|test|kernels|check]" ;;
 esac
 [[ $(uname -s) == Linux ]] || die "Kinesin runs on Linux only, this is $(uname -s)"
 
@@ -121,8 +122,17 @@ if [[ $purpose == test || $purpose == check ]]; then
     fi
 fi
 
-if [[ $purpose == test ]] && ! have ip; then
+if [[ $purpose == test || $purpose == kernels ]] && ! have ip; then
     apt_install iproute2
+fi
+
+if [[ $purpose == kernels ]]; then
+    # Their tools are where only root's PATH goes.
+    missing=()
+    for tool in qemu-system-x86_64:qemu-system-x86 cpio:cpio depmod:kmod strip:binutils; do
+        PATH=$PATH:/usr/sbin:/sbin have "${tool%:*}" || missing+=("${tool#*:}")
+    done
+    ((${#missing[@]} == 0)) || apt_install "${missing[@]}"
 fi
 
 if [[ $purpose == check && $(cargo-deny --version 2>/dev/null || true) != "cargo-deny $CARGO_DENY" ]]; then

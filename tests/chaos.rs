@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
 
+#[path = "support/bpf.rs"]
+mod bpf;
 #[path = "chaos/rig.rs"]
 mod rig;
 
@@ -12,6 +14,8 @@ mod actors;
 mod agents;
 #[path = "chaos/escalation.rs"]
 mod escalation;
+#[path = "chaos/hooks.rs"]
+mod hooks;
 #[path = "chaos/input.rs"]
 mod input;
 #[path = "chaos/power.rs"]

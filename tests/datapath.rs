@@ -4,12 +4,17 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/bpf.rs"]
+mod bpf;
+
 #[path = "datapath/affinity.rs"]
 mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
 #[path = "datapath/flows.rs"]
 mod flows;
+#[path = "datapath/foreign.rs"]
+mod foreign;
 #[path = "datapath/hooks.rs"]
 mod hooks;
 #[path = "datapath/icmp.rs"]
@@ -18,6 +23,8 @@ mod icmp;
 mod maps;
 #[path = "datapath/packets.rs"]
 mod packets;
+#[path = "datapath/programs.rs"]
+mod programs;
 #[path = "datapath/ranges.rs"]
 mod ranges;
 #[path = "datapath/refusals.rs"]

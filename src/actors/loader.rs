@@ -1,7 +1,8 @@
 //! Loads the programs and keeps them attached where they belong.
 //!
 //! owns: the eBPF object, the hooks and their pins, the devices map, the static part of the settings
-//! hears: changes of the node's devices and of the configuration, the clock for comparing both with what is written
+//! hears: changes of the node's devices and of the configuration, the clock for comparing both and the hooks with what
+//! is there, and for trying again what failed
 //! says: the maps level: the maps and what is attached where
 //! restart story: loads again, adopts the pinned maps and replaces the program of each pinned link in place, so that no
 //! packet meets an empty hook
@@ -11,8 +12,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use anyhow::Context;
 use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND};
@@ -27,14 +29,18 @@ use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
 use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
 use crate::level::Follower;
+use crate::supervisor::Backoff;
+use crate::sync::lock;
 use crate::world::{Devices, MapsHandle, World};
 
 /// What the loader hears.
 pub enum LoaderMsg {
     /// Devices or configuration changed.
     Wake,
-    /// Time to compare what is written with what should be.
+    /// Time to compare what is written and attached with what should be.
     Verify,
+    /// Time to load and attach again what failed.
+    Retry,
 }
 
 impl Label for LoaderMsg {
@@ -42,9 +48,14 @@ impl Label for LoaderMsg {
         match self {
             Self::Wake => "Wake",
             Self::Verify => "Verify",
+            Self::Retry => "Retry",
         }
     }
 }
+
+/// A program that the kernel refuses is likely refused again, and verifying it takes a good part of a second: what is
+/// only in somebody's way is tried again soon, the rest seldom (R34).
+const BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: Duration::from_secs(300) };
 
 /// Counts loads of this process, so that every load is a change to those who follow the maps.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
@@ -60,6 +71,8 @@ pub struct Loader {
     /// Devices that carry our programs, by index.
     attached: BTreeMap<u32, SmolStr>,
     verify: Timer,
+    /// While a hook or program fails: how often it was tried again, and the next time.
+    retry: Option<(usize, Timer)>,
 }
 
 /// What a load depends on; a change of it makes maps and programs anew.
@@ -74,8 +87,16 @@ struct Options {
 /// What a load makes.
 struct Loaded {
     generation: u64,
-    datapath: Datapath,
+    /// Behind a lock, because loading takes longer than a handler may: it happens on another thread, for which the
+    /// handler waits.
+    datapath: Arc<Mutex<Datapath>>,
     store: Arc<dyn MapStore>,
+}
+
+impl Loaded {
+    fn datapath(&self) -> MutexGuard<'_, Datapath> {
+        lock(&self.datapath)
+    }
 }
 
 impl Actor for Loader {
@@ -85,7 +106,7 @@ impl Actor for Loader {
     async fn start(world: World, me: Address<LoaderMsg>) -> Result<Self, Failure> {
         let wake = me.waker(|| LoaderMsg::Wake);
         let options = Options::from(&*world.config());
-        let loader = Self {
+        let mut loader = Self {
             loaded: load(options.clone()).await?,
             options,
             devices: world.devices.follow(wake.clone()),
@@ -94,15 +115,26 @@ impl Actor for Loader {
             verify: me.cast_after(world.config().services.verify_interval, LoaderMsg::Verify),
             me,
             world,
+            retry: None,
         };
         loader.write_settings()?;
+        loader.schedule_retry(false);
         loader.publish();
         Ok(loader)
     }
 
     async fn handle(&mut self, message: LoaderMsg) -> Result<(), Failure> {
-        if let LoaderMsg::Verify = message {
-            self.verify = self.me.cast_after(self.world.config().services.verify_interval, LoaderMsg::Verify);
+        let mut taken = 0;
+        match message {
+            LoaderMsg::Wake => {}
+            LoaderMsg::Verify => {
+                self.verify = self.me.cast_after(self.world.config().services.verify_interval, LoaderMsg::Verify);
+                taken = self.loaded.datapath().verify_hooks();
+            }
+            LoaderMsg::Retry => {
+                let datapath = self.loaded.datapath.clone();
+                tokio::task::spawn_blocking(move || lock(&datapath).retry()).await?;
+            }
         }
         let config = self.config.changed();
         let news = self.devices.changed().is_some() | config.is_some();
@@ -117,10 +149,15 @@ impl Actor for Loader {
         if let Some(devices) = self.world.devices.get() {
             written += self.follow_devices(&devices)?;
         }
+        if taken > 0 {
+            counter!("kinesin_hook_repairs_total").increment(taken as u64);
+            tracing::warn!(hooks = taken, "programs were taken off their hooks: attached again");
+        }
         if written > 0 && !news {
             counter!("kinesin_map_repairs_total").increment(written as u64);
             tracing::warn!(operations = written, "settings or devices differed: repaired");
         }
+        self.schedule_retry(matches!(message, LoaderMsg::Retry));
         self.publish();
         Ok(())
     }
@@ -139,6 +176,7 @@ async fn load(options: Options) -> Result<Loaded, Failure> {
         anyhow::Ok((datapath, store))
     })
     .await??;
+    let datapath = Arc::new(Mutex::new(datapath));
     Ok(Loaded { generation: GENERATION.fetch_add(1, Ordering::Relaxed) + 1, datapath, store })
 }
 
@@ -201,7 +239,7 @@ impl Loader {
         }
         let wanted: BTreeMap<_, _> = devices.selected().map(|device| (device.ifindex, device.name.clone())).collect();
         for (ifindex, name) in self.attached.iter().filter(|(ifindex, _)| !wanted.contains_key(ifindex)) {
-            match self.loaded.datapath.detach_device(name, *ifindex) {
+            match self.loaded.datapath().detach_device(name, *ifindex) {
                 Ok(()) => tracing::info!(device = %name, "programs detached"),
                 Err(error) => tracing::error!(device = %name, %error, "programs not detached"),
             }
@@ -210,7 +248,7 @@ impl Loader {
             if self.attached.get(ifindex) == Some(name) {
                 continue;
             }
-            match self.loaded.datapath.attach_device(name, *ifindex) {
+            match self.loaded.datapath().attach_device(name, *ifindex) {
                 Ok(hooks) if hooks.ingress.is_ok() && hooks.egress.is_ok() => {
                     tracing::info!(device = %name, "programs attached")
                 }
@@ -223,9 +261,20 @@ impl Loader {
         Ok(written)
     }
 
+    /// Tries again later while something fails, less and less often.
+    fn schedule_retry(&mut self, tried: bool) {
+        if self.loaded.datapath().failing() == 0 {
+            self.retry = None;
+        } else if tried || self.retry.is_none() {
+            let tries = self.retry.take().map_or(0, |(tries, _)| tries) + usize::from(tried);
+            let pause = BACKOFF.delay(tries + 1, rand::random());
+            self.retry = Some((tries, self.me.cast_after(pause, LoaderMsg::Retry)));
+        }
+    }
+
     fn publish(&self) {
-        let Loaded { generation, datapath, store } = &self.loaded;
-        let hooks = datapath.hooks();
+        let Loaded { generation, store, .. } = &self.loaded;
+        let hooks = self.loaded.datapath().hooks();
         let failed =
             hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());

@@ -5,21 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use aya::programs::links::Link;
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcHandle};
-use aya::programs::{SchedClassifier, TcAttachType, tc};
+use aya::programs::TcAttachType;
 use serde::Serialize;
 
-use super::sys;
+use super::{clsact, sys};
 
 /// `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS` of `enum bpf_attach_type`.
 const TCX: [u32; 2] = [46, 47];
-/// Priority and handle of our clsact filters: fixed, so that they are found again.
-const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0x4b69);
-/// Pins of programs in clsact filters end so; they only mark that the filter is ours.
-/// (No dot: bpffs reserves it.)
-const CLSACT: &str = "-clsact";
 
 /// How a program hangs in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -71,7 +63,16 @@ pub struct DeviceHooks {
     pub egress: HookStatus,
 }
 
-fn directed(direction: TcAttachType) -> (usize, &'static str) {
+/// What a hook held before it was attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// A program of ours, which was replaced in place.
+    Ours,
+    /// Nothing of ours.
+    Nothing,
+}
+
+pub(crate) fn directed(direction: TcAttachType) -> (usize, &'static str) {
     match direction {
         TcAttachType::Ingress => (0, "ingress"),
         TcAttachType::Egress => (1, "egress"),
@@ -87,7 +88,7 @@ pub(crate) fn device_pin(ifindex: u32, direction: TcAttachType) -> String {
 ///
 /// # Errors
 /// EINVAL where the kernel has no tcx.
-pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<()> {
+pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<Found> {
     let kind = TCX[directed(direction).0];
     let path = links.join(device_pin(ifindex, direction));
     adopt(
@@ -104,7 +105,7 @@ pub(crate) fn cgroup(
     (cgroup, id): (BorrowedFd<'_>, u64),
     attach_type: u32,
     path: &Path,
-) -> io::Result<()> {
+) -> io::Result<Found> {
     use std::os::fd::AsRawFd;
     let target = [id as u32, (id >> 32) as u32];
     adopt(
@@ -122,7 +123,7 @@ fn adopt(
     program: BorrowedFd<'_>,
     is_right: impl FnOnce(&sys::LinkInfo) -> bool,
     create: impl FnOnce() -> io::Result<std::os::fd::OwnedFd>,
-) -> io::Result<()> {
+) -> io::Result<Found> {
     let pinned = sys::open_pin(path)?;
     if let Some(link) = &pinned
         && sys::link_info(link.as_fd()).is_ok_and(|info| is_right(&info))
@@ -130,74 +131,30 @@ fn adopt(
         match sys::update_link(link.as_fd(), program) {
             // The link's device or cgroup has gone: it can never carry anything again.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EINVAL)) => {}
-            result => return result,
+            result => return result.map(|()| Found::Ours),
         }
     }
     let link = create()?;
     if pinned.is_some() {
         fs::remove_file(path)?;
     }
-    sys::pin(link.as_fd(), path)
+    sys::pin(link.as_fd(), path)?;
+    Ok(Found::Nothing)
 }
 
-/// Attaches as a filter of the clsact qdisc, replacing our own if there is one.
-pub(crate) fn clsact(
-    program: &mut SchedClassifier,
-    ifindex: u32,
-    direction: TcAttachType,
-    links: &Path,
-) -> Result<(), String> {
-    let text = |error: &dyn std::error::Error| chain(error);
-    // Usually it is there already; if it could not be made, attaching fails and says this too.
-    let qdisc = tc::qdisc_add_clsact(ifindex).err();
-    let old = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)
-        .map_err(|error| text(&error))?;
-    let id = match program.attach_to_link(old) {
-        Ok(id) => id,
-        Err(_) => {
-            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-            program
-                .attach(ifindex, aya::programs::tc::TcAttach::Netlink { parent: direction.into(), options })
-                .map_err(|error| match &qdisc {
-                    Some(qdisc) => format!("{}; clsact: {}", text(&error), text(qdisc)),
-                    None => text(&error),
-                })?
-        }
-    };
-    let link = program.take_link(id).map_err(|error| text(&error))?;
-    // The filter holds the program; dropping the link would remove the filter.
-    std::mem::forget(link);
-    let path = links.join(device_pin(ifindex, direction) + CLSACT);
-    let _ = fs::remove_file(&path);
-    let fd = program.fd().map_err(|error| text(&error))?;
-    sys::pin(fd.as_fd(), &path).map_err(|error| text(&error))
-}
-
-/// Takes the programs off a device: links by their pins, filters by their fixed handle.
+/// Takes the programs off a device: links by their pins, filters by what their pins say.
 pub(crate) fn detach(ifindex: u32, links: &Path) -> io::Result<()> {
     let mut result = Ok(());
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        let name = device_pin(ifindex, direction);
-        for (pin, is_filter) in [(name.clone(), false), (name + CLSACT, true)] {
-            let pin = links.join(pin);
-            release(&pin);
-            match fs::remove_file(pin) {
-                Ok(()) if is_filter => result = result.and(remove_filter(ifindex, direction)),
-                Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
-                _ => {}
-            }
+        let pin = links.join(device_pin(ifindex, direction));
+        release(&pin);
+        match fs::remove_file(pin) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
+            _ => {}
         }
+        result = result.and(clsact::detach(ifindex, direction, links));
     }
     result
-}
-
-fn remove_filter(ifindex: u32, direction: TcAttachType) -> io::Result<()> {
-    let link = SchedClassifierLink::attached(ifindex, direction.into(), PRIORITY, HANDLE, None)?;
-    // A device that has gone has taken its filters along.
-    link.detach().or_else(|error| {
-        let there = nix::net::if_::if_indextoname(ifindex).is_ok();
-        if there { Err(io::Error::other(chain(&error))) } else { Ok(()) }
-    })
 }
 
 /// Empties the hook of a pinned link, if that is what is pinned. Where the kernel cannot (before 5.9, or because the
@@ -216,25 +173,23 @@ pub(crate) fn detach_pinned(links: &Path) -> io::Result<()> {
     let mut result = Ok(());
     for pin in pins.flatten() {
         release(&pin.path());
-        let name = pin.file_name().to_string_lossy().into_owned();
-        let Some((ifindex, direction)) = name.strip_suffix(CLSACT).and_then(|name| name.split_once('-')) else {
-            continue;
-        };
-        let direction = if direction == "ingress" { TcAttachType::Ingress } else { TcAttachType::Egress };
-        if let Ok(ifindex) = ifindex.parse() {
-            result = result.and(remove_filter(ifindex, direction));
+        if let Some(filter) = clsact::Filter::of_pin(&pin.file_name().to_string_lossy()) {
+            result = result.and(filter.remove());
         }
     }
     result
 }
 
-/// Forgets links whose device has gone; returns how many.
+/// Forgets links and filters whose device has gone; returns how many.
 pub(crate) fn sweep(links: &Path) -> usize {
     let Ok(pins) = fs::read_dir(links) else { return 0 };
     pins.flatten()
         .filter(|pin| {
-            let info = sys::open_pin(&pin.path()).ok().flatten().and_then(|fd| sys::link_info(fd.as_fd()).ok());
-            let stale = info.is_some_and(|info| info.kind == sys::LINK_TCX && info.target[0] == 0);
+            let link = || sys::link_info(sys::open_pin(&pin.path()).ok()??.as_fd()).ok();
+            let stale = match clsact::Filter::of_pin(&pin.file_name().to_string_lossy()) {
+                Some(filter) => filter.has_no_device(),
+                None => link().is_some_and(|info| info.kind == sys::LINK_TCX && info.target[0] == 0),
+            };
             stale && fs::remove_file(pin.path()).is_ok()
         })
         .count()

@@ -1,40 +1,24 @@
-//! Loading the programs and their maps, and attaching them.
+//! Loading the programs and their maps. Attaching them is in `hooks`.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::maps::{Map, MapData};
-use aya::programs::{CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 
-use super::attach::{self, Attachment, DeviceHooks, HookStatus, chain};
+use super::attach::{self, HookStatus, chain};
+use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
 use super::pin::{self, Migration, Pinned, Shape};
 use super::{MapStore, TABLES};
 
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kinesin"));
-
-/// The programs of Ethernet devices and of devices without link-layer header, (ingress, egress).
-const ETHERNET: [&str; 2] = ["cil_from_netdev", "cil_to_netdev"];
-const LAYER3: [&str; 2] = ["cil_from_l3dev", "cil_to_l3dev"];
-
-/// The socket programs with their `enum bpf_attach_type`.
-const SOCKETS: [(&str, u32); 8] = [
-    ("cil_sock4_connect", 10),
-    ("cil_sock6_connect", 11),
-    ("cil_sock4_sendmsg", 14),
-    ("cil_sock6_sendmsg", 15),
-    ("cil_sock4_recvmsg", 19),
-    ("cil_sock6_recvmsg", 20),
-    ("cil_sock4_getpeername", 29),
-    ("cil_sock6_getpeername", 30),
-];
 
 /// How to attach to devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -156,28 +140,15 @@ pub enum LoadError {
     Object(String),
 }
 
-/// A device cannot be looked at.
-#[derive(Debug, thiserror::Error)]
-#[error("attach to device {name} (index {ifindex}): {source}")]
-pub struct AttachError {
-    /// The device.
-    pub name: String,
-    /// Its index.
-    pub ifindex: u32,
-    /// The kernel's answer.
-    pub source: io::Error,
-}
-
 /// The loaded programs. Dropping it leaves maps and hooks in the kernel, where they go on.
 pub struct Datapath {
-    ebpf: Ebpf,
+    pub(super) ebpf: Ebpf,
     maps: Arc<KernelMaps>,
-    options: LoadOptions,
-    links: PathBuf,
+    pub(super) options: LoadOptions,
+    pub(super) links: PathBuf,
     /// By program: why the verifier refused it.
-    refused: BTreeMap<String, String>,
-    /// By place.
-    hooks: BTreeMap<(String, String), HookStatus>,
+    pub(super) refused: BTreeMap<String, String>,
+    pub(super) hooks: BTreeMap<Hook, HookStatus>,
     migrations: Vec<Migration>,
 }
 
@@ -266,7 +237,7 @@ impl Datapath {
     }
 
     /// Loads a program unless it is loaded.
-    fn load_program(&mut self, name: &str) {
+    pub(super) fn load_program(&mut self, name: &str) {
         let result = match self.ebpf.program_mut(name) {
             Some(Program::SchedClassifier(program)) => program.load(),
             Some(Program::CgroupSockAddr(program)) => program.load(),
@@ -298,108 +269,6 @@ impl Datapath {
     /// The loaded object, for tests that run programs.
     pub fn ebpf_mut(&mut self) -> &mut Ebpf {
         &mut self.ebpf
-    }
-
-    /// Attaches both directions of a device of the calling thread's network namespace, or replaces the programs that
-    /// are attached. A direction that fails says so in its status and leaves the other working.
-    ///
-    /// # Errors
-    /// The device is not there.
-    pub fn attach_device(&mut self, name: &str, ifindex: u32) -> Result<DeviceHooks, AttachError> {
-        let failed = |source| AttachError { name: name.to_owned(), ifindex, source };
-        let programs = if has_ethernet_header(name).map_err(failed)? { ETHERNET } else { LAYER3 };
-        let ingress = self.attach_direction(name, ifindex, programs[0], TcAttachType::Ingress);
-        let egress = self.attach_direction(name, ifindex, programs[1], TcAttachType::Egress);
-        Ok(DeviceHooks { ingress, egress })
-    }
-
-    fn attach_direction(&mut self, name: &str, ifindex: u32, program: &str, direction: TcAttachType) -> HookStatus {
-        let place = match direction {
-            TcAttachType::Ingress => format!("{name} ingress"),
-            TcAttachType::Egress => format!("{name} egress"),
-        };
-        let result = self.try_attach(ifindex, program, direction);
-        let status = HookStatus::new(program, place, result);
-        self.hooks.insert((attach::device_pin(ifindex, direction), String::new()), status.clone());
-        status
-    }
-
-    fn try_attach(&mut self, ifindex: u32, program: &str, direction: TcAttachType) -> Result<Attachment, String> {
-        if LAYER3.contains(&program) {
-            self.load_program(program);
-        }
-        if let Some(error) = self.refused.get(program) {
-            return Err(error.clone());
-        }
-        let loaded: &mut SchedClassifier = self
-            .ebpf
-            .program_mut(program)
-            .ok_or("not in the object")?
-            .try_into()
-            .map_err(|error: ProgramError| chain(&error))?;
-        let fd = loaded.fd().map_err(|error| chain(&error))?.try_clone().map_err(|error| chain(&error))?;
-        if self.options.attach == AttachMode::Auto {
-            match attach::tcx(fd.as_fd(), ifindex, direction, &self.links) {
-                Ok(()) => return Ok(Attachment::Tcx),
-                // What kernels before 6.6 say.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                Err(error) => return Err(error.to_string()),
-            }
-        }
-        attach::clsact(loaded, ifindex, direction, &self.links)?;
-        Ok(Attachment::Clsact)
-    }
-
-    /// Takes the programs off a device; a device that has gone is no error.
-    pub fn detach_device(&mut self, name: &str, ifindex: u32) -> Result<(), AttachError> {
-        for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-            self.hooks.remove(&(attach::device_pin(ifindex, direction), String::new()));
-        }
-        attach::detach(ifindex, &self.links).map_err(|source| AttachError { name: name.to_owned(), ifindex, source })
-    }
-
-    /// Attaches the socket programs to a cgroup2 directory, or replaces those that are attached; each on its own.
-    pub fn attach_cgroup(&mut self, cgroup_root: &Path) -> Vec<HookStatus> {
-        let place = cgroup_root.display().to_string();
-        let cgroup = File::open(cgroup_root).and_then(|dir| Ok((dir.metadata()?.ino(), dir)));
-        let mut all = Vec::new();
-        for (program, attach_type) in SOCKETS {
-            let result = match &cgroup {
-                Ok((id, dir)) => self.try_attach_socket(program, attach_type, dir, *id),
-                Err(error) => Err(format!("open {place}: {error}")),
-            };
-            let status = HookStatus::new(program, place.clone(), result);
-            self.hooks.insert((place.clone(), program.to_owned()), status.clone());
-            all.push(status);
-        }
-        all
-    }
-
-    fn try_attach_socket(&self, program: &str, attach_type: u32, cgroup: &File, id: u64) -> Result<Attachment, String> {
-        if let Some(error) = self.refused.get(program) {
-            return Err(error.clone());
-        }
-        let loaded: &CgroupSockAddr = self
-            .ebpf
-            .program(program)
-            .ok_or("not in the object")?
-            .try_into()
-            .map_err(|error: ProgramError| chain(&error))?;
-        let fd = loaded.fd().map_err(|error| chain(&error))?;
-        let path = self.links.join(format!("cgroup-{program}"));
-        attach::cgroup(fd.as_fd(), (cgroup.as_fd(), id), attach_type, &path).map_err(|error| error.to_string())?;
-        Ok(Attachment::Cgroup)
-    }
-
-    /// Every hook that was attached or tried, and every program that the verifier refused.
-    pub fn hooks(&self) -> Vec<HookStatus> {
-        let mut all: Vec<HookStatus> = self.hooks.values().cloned().collect();
-        for (program, error) in &self.refused {
-            if !all.iter().any(|status| status.program == *program) {
-                all.push(HookStatus::new(program, String::new(), Err(error.clone())));
-            }
-        }
-        all
     }
 }
 
@@ -470,26 +339,4 @@ fn refusal(error: &ProgramError) -> String {
     let log = verifier_log.to_string();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     format!("the kernel refused it: {io_error}; {}", lines[lines.len().saturating_sub(LINES)..].join(" | "))
-}
-
-/// Whether packets of the device have an Ethernet header (`ARPHRD_ETHER`, `ARPHRD_LOOPBACK`).
-fn has_ethernet_header(name: &str) -> io::Result<bool> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-    use std::os::fd::AsRawFd;
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    // SAFETY: integers, arrays and unions of them; zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= libc::IFNAMSIZ {
-        return Err(io::Error::from_raw_os_error(libc::ENODEV));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    // SAFETY: the request is valid for this ioctl and outlives it.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: SIOCGIFHWADDR fills this member.
-    let family = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
-    Ok(family == libc::ARPHRD_ETHER || family == libc::ARPHRD_LOOPBACK)
 }

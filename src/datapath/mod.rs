@@ -8,7 +8,9 @@
 
 mod attach;
 mod batch;
+mod clsact;
 mod dump;
+mod hooks;
 mod kernel;
 mod loader;
 mod memory;
@@ -23,8 +25,9 @@ use kinesin_core::plan::{Actual, Op};
 use serde::Serialize;
 
 pub use attach::{Attachment, DeviceHooks, HookStatus};
+pub use hooks::AttachError;
 pub use kernel::KernelMaps;
-pub use loader::{AttachError, AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
+pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
 pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir};
 

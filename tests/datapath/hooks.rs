@@ -4,27 +4,41 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 
-use aya::programs::{SchedClassifier, TcAttachType};
-use kinesin::datapath::{
-    AttachMode, Attachment, Datapath, HookStatus, LoadOptions, MapStore, OBJECT, detach_all, links_dir,
-};
+use aya::programs::TcAttachType;
+use kinesin::datapath::{AttachMode, Attachment, Datapath, HookStatus, LoadOptions, MapStore, detach_all, links_dir};
 
-use crate::packets::{IP, SYN, packet, tcp};
+use crate::bpf::{self, tc};
+use crate::packets::{IP, SYN, tcp};
+use crate::programs::preferred;
 use crate::rig::*;
 
 fn load(root: &BpfRoot) -> Datapath {
     Datapath::load(&options(root.path())).expect("the maps are made")
 }
 
-/// (hook's revision, program ids) of a device.
+/// Ids of the programs of the LAN device, by tcx or in filters.
 fn attached(direction: TcAttachType) -> Vec<u32> {
-    let (_, programs) = SchedClassifier::query_tcx(c"lan0", direction).expect("the kernel has tcx");
-    programs.iter().map(aya::programs::ProgramInfo::id).collect()
+    let (kind, way) = match direction {
+        TcAttachType::Ingress => (bpf::TCX_INGRESS, "ingress"),
+        TcAttachType::Egress => (bpf::TCX_EGRESS, "egress"),
+    };
+    let mut ids = bpf::programs(ifindex(LAN), kind).unwrap_or_default();
+    for line in tc(&format!("filter show dev {LAN} {way}")) {
+        let mut words = line.split(' ').skip_while(|word| *word != "id");
+        ids.extend(words.nth(1).and_then(|id| id.parse::<u32>().ok()));
+    }
+    ids
 }
 
 fn link_id(root: &BpfRoot, name: &str) -> u32 {
     use aya::programs::links::{FdLink, PinnedLink};
     FdLink::from(PinnedLink::from_pin(links_dir(root.path()).join(name)).expect("pinned")).info().unwrap().id()
+}
+
+/// Whether a link or filter of a device is pinned.
+fn is_pinned(root: &BpfRoot, ifindex: u32) -> bool {
+    let pins = std::fs::read_dir(links_dir(root.path())).expect("made by loading").flatten();
+    pins.into_iter().any(|pin| pin.file_name().to_string_lossy().starts_with(&format!("{ifindex}-")))
 }
 
 #[test]
@@ -36,9 +50,9 @@ fn a_device_is_attached_in_both_directions_and_detached() {
         let lan = ifindex(LAN);
         let hooks = datapath.attach_device(LAN, lan).unwrap();
         let [ingress, egress] = [&hooks.ingress, &hooks.egress].map(HookStatus::clone);
-        assert_eq!((ingress.program.as_str(), ingress.attached), ("cil_from_netdev", Some(Attachment::Tcx)));
+        assert_eq!((ingress.program.as_str(), ingress.attached), ("cil_from_netdev", Some(preferred())));
         assert_eq!((egress.place.as_str(), egress.error.as_deref()), ("lan0 egress", None));
-        assert_eq!(datapath.hooks(), [egress, ingress]);
+        assert_eq!(datapath.hooks(), [ingress, egress]);
         assert_eq!((attached(TcAttachType::Ingress).len(), attached(TcAttachType::Egress).len()), (1, 1));
         datapath.detach_device(LAN, lan).unwrap();
         datapath.detach_device(LAN, lan).unwrap();
@@ -55,7 +69,11 @@ fn the_next_agent_replaces_the_programs_inside_the_links_it_finds() {
         let mut first = load(&root);
         first.attach_device(LAN, lan).unwrap();
         let before = attached(TcAttachType::Ingress);
-        let links = ["ingress", "egress"].map(|way| link_id(&root, &format!("{lan}-{way}")));
+        let links = || match preferred() {
+            Attachment::Tcx => ["ingress", "egress"].map(|way| link_id(&root, &format!("{lan}-{way}"))),
+            _ => [0; 2],
+        };
+        let links_before = links();
         // The agent dies; its programs stay.
         drop(first);
         assert_eq!(attached(TcAttachType::Ingress), before);
@@ -65,11 +83,7 @@ fn the_next_agent_replaces_the_programs_inside_the_links_it_finds() {
         let after = attached(TcAttachType::Ingress);
         assert_eq!((before.len(), after.len()), (1, 1));
         assert_ne!(before, after, "the program is the new one");
-        assert_eq!(
-            links,
-            ["ingress", "egress"].map(|way| link_id(&root, &format!("{lan}-{way}"))),
-            "the link is the same"
-        );
+        assert_eq!(links_before, links(), "the link is the same");
         // Again in the same process.
         second.attach_device(LAN, lan).unwrap();
         assert_eq!(attached(TcAttachType::Ingress), after);
@@ -92,8 +106,7 @@ fn the_pin_of_a_device_that_has_gone_is_forgotten() {
         assert!(datapath.attach_device(LAN, ifindex(LAN)).unwrap().ingress.is_ok());
         drop(datapath);
         let _ = load(&root);
-        assert!(!links_dir(root.path()).join(format!("{old}-ingress")).exists());
-        assert!(links_dir(root.path()).join(format!("{}-ingress", ifindex(LAN))).exists());
+        assert!(!is_pinned(&root, old) && is_pinned(&root, ifindex(LAN)));
     });
 }
 
@@ -130,9 +143,8 @@ fn without_tcx_the_programs_are_filters_of_clsact() {
         let options = LoadOptions { attach: AttachMode::Clsact, ..options(root.path()) };
         let lan = ifindex(LAN);
         let filters = |way: &str| {
-            let arguments = ["filter", "show", "dev", LAN, way];
-            let output = std::process::Command::new("tc").args(arguments).output().expect("iproute2 is installed");
-            String::from_utf8_lossy(&output.stdout).matches("direct-action").count()
+            let lines = tc(&format!("filter show dev {LAN} {way}"));
+            lines.iter().filter(|line| line.contains("direct-action")).count()
         };
         for _ in 0..2 {
             let mut datapath = Datapath::load(&options).unwrap();
@@ -153,86 +165,8 @@ fn without_tcx_the_programs_are_filters_of_clsact() {
     });
 }
 
-/// The object with the first instruction of a program made invalid.
-fn corrupted(program: &str) -> Vec<u8> {
-    let mut object = OBJECT.to_vec();
-    let read = |at: usize, len: usize| {
-        let mut bytes = [0; 8];
-        bytes[..len].copy_from_slice(&OBJECT[at..at + len]);
-        u64::from_le_bytes(bytes) as usize
-    };
-    // ELF64: section headers, then the symbol that has the program's name.
-    let (sections, count) = (read(0x28, 8), read(0x3c, 2));
-    let section = |index: usize| sections + index * 64;
-    let symbols = (0..count).map(section).find(|at| read(at + 4, 4) == 2).expect("a symbol table");
-    let strings = read(section(read(symbols + 0x28, 4)) + 0x18, 8);
-    let (start, len) = (read(symbols + 0x18, 8), read(symbols + 0x20, 8));
-    let symbol = (start..start + len)
-        .step_by(24)
-        .find(|at| OBJECT[strings + read(*at, 4)..].starts_with(format!("{program}\0").as_bytes()))
-        .expect("the program has a symbol");
-    let code = read(section(read(symbol + 6, 2)) + 0x18, 8) + read(symbol + 8, 8);
-    object[code..code + 8].copy_from_slice(&[0xff; 8]);
-    object
-}
-
-#[test]
-fn each_program_that_is_refused_leaves_the_others_working() {
-    // R34: one optional program took the whole node down.
-    isolated(|| {
-        network();
-        let cgroup = crate::sockets::Cgroup::new("independent");
-        for refused in [
-            "cil_from_netdev",
-            "cil_to_netdev",
-            "cil_sock4_connect",
-            "cil_sock4_sendmsg",
-            "cil_sock4_recvmsg",
-            "cil_sock4_getpeername",
-            "cil_sock6_connect",
-            "cil_sock6_sendmsg",
-            "cil_sock6_recvmsg",
-            "cil_sock6_getpeername",
-        ] {
-            let root = BpfRoot::new();
-            let mut datapath = Datapath::load_object(&corrupted(refused), &options(root.path())).unwrap();
-            let [hook] = &datapath.hooks()[..] else { panic!("{:?}", datapath.hooks()) };
-            assert_eq!(hook.program, refused);
-            assert!(hook.error.as_ref().unwrap().contains("refused"), "{hook:?}");
-            datapath.attach_device(LAN, ifindex(LAN)).unwrap();
-            datapath.attach_cgroup(cgroup.path());
-            let failed: Vec<_> = datapath.hooks().into_iter().filter(|hook| !hook.is_ok()).collect();
-            assert_eq!((datapath.hooks().len(), failed.len()), (10, 1), "{failed:?}");
-            assert_eq!(failed[0].program, refused);
-            detach_all(root.path()).unwrap();
-        }
-    });
-}
-
-#[test]
-fn programs_stay_far_from_the_verifiers_limit() {
-    isolated(|| {
-        let root = BpfRoot::new();
-        let mut datapath = load(&root);
-        let mut lines = Vec::new();
-        let mut most = 0;
-        for (name, program) in datapath.ebpf_mut().programs() {
-            // Those for devices without link header are loaded with the first such device.
-            let Ok(info) = program.info() else { continue };
-            let (verified, bytes) =
-                (info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0));
-            lines.push(format!("{name}: {verified} instructions verified, {} long", bytes / 8));
-            most = most.max(verified);
-        }
-        lines.sort();
-        eprintln!("{}", lines.join("\n"));
-        // The limit is a million; older kernels prune less than this one.
-        assert!(most < 150_000, "{lines:#?}");
-    });
-}
-
 /// A tun device of this namespace, as a file.
-fn tun() -> File {
+pub(crate) fn tun() -> File {
     let file = File::options().read(true).write(true).open("/dev/net/tun").expect("the kernel has tun");
     // SAFETY: integers, arrays and unions of them; zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -273,6 +207,5 @@ fn devices_without_link_header_translate_both_ways() {
         let counted = rig.maps.forwarded().unwrap();
         assert_eq!((counted[0].1.packets, counted[1].1.packets), (1, 1));
         assert_eq!(answer[33] & 0x04, 0x04, "a reset");
-        let _ = packet;
     });
 }

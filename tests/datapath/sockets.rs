@@ -74,29 +74,40 @@ impl Drop for Cgroup {
 const LISTENER: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
 /// A node whose ClusterIP leads to a listener on loopback, for TCP and UDP.
-struct Node {
+pub(crate) struct Node {
     tcp: TcpListener,
     udp: UdpSocket,
-    cgroup: Cgroup,
-    datapath: Datapath,
-    root: BpfRoot,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) datapath: Datapath,
+    pub(crate) root: BpfRoot,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         network();
         let root = BpfRoot::new();
-        let mut datapath = Datapath::load(&options(root.path())).expect("the maps are made");
+        let datapath = Datapath::load(&options(root.path())).expect("the maps are made");
         let cgroup = Cgroup::new("sockets");
-        let hooks = datapath.attach_cgroup(cgroup.path());
-        assert_eq!(hooks.len(), 8);
-        assert!(hooks.iter().all(|hook| hook.is_ok()), "{hooks:#?}");
         let tcp = TcpListener::bind((LISTENER, 0)).unwrap();
         let udp = UdpSocket::bind((LISTENER, 0)).unwrap();
+        let mut node = Self { tcp, udp, cgroup, datapath, root };
+        node.start();
+        node
+    }
+
+    /// The next agent.
+    pub(crate) fn restart(&mut self) {
+        self.datapath = Datapath::load(&options(self.root.path())).expect("the maps are made");
+        self.start();
+    }
+
+    fn start(&mut self) {
+        let hooks = self.datapath.attach_cgroup(self.cgroup.path());
+        assert_eq!(hooks.len(), 8);
+        assert!(hooks.iter().all(|hook| hook.is_ok()), "{hooks:#?}");
+        let [tcp, udp] = [self.tcp.local_addr(), self.udp.local_addr()].map(|addr| addr.unwrap().port());
         let mut ops = Vec::new();
-        for (id, protocol, port) in
-            [(1, proto::TCP, tcp.local_addr().unwrap().port()), (2, proto::UDP, udp.local_addr().unwrap().port())]
-        {
+        for (id, protocol, port) in [(1, proto::TCP, tcp), (2, proto::UDP, udp)] {
             ops.push(Op::Backend(id, backend(LISTENER, port, protocol, true)));
             ops.push(Op::Slot(id, id));
             let cluster_ip = value(FrontendKind::ClusterIp, 0, id, 1);
@@ -108,8 +119,14 @@ impl Node {
         }
         let wildcard = value(FrontendKind::ClusterIp, frontend_flags::WILDCARD, 0, 0);
         ops.push(Op::PutFrontend(frontend(CLUSTER_IP, 0, proto::ANY), wildcard));
-        datapath.maps().apply(&ops).unwrap();
-        Self { tcp, udp, cgroup, datapath, root }
+        self.datapath.maps().apply(&ops).unwrap();
+    }
+
+    /// Connects to the service, and asserts that the backend is reached.
+    #[track_caller]
+    pub(crate) fn assert_translates(&self) {
+        self.cgroup.run(|| TcpStream::connect((CLUSTER_IP, 80)).map(drop).map_err(text));
+        self.tcp.accept().unwrap();
     }
 }
 

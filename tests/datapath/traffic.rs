@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 type Job = Box<dyn FnOnce() + Send>;
 
 /// A network namespace with a thread inside, which ends with it.
-struct Host {
+pub(crate) struct Host {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     netns: String,
@@ -44,7 +44,7 @@ impl Host {
     }
 
     /// Runs in this namespace and waits.
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+    pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
         let (done, result) = mpsc::channel();
         self.start(move || {
             let _ = done.send(job());
@@ -91,18 +91,18 @@ fn echo(at: (Ipv4Addr, u16)) {
     });
 }
 
-struct Lan {
-    client: Host,
+pub(crate) struct Lan {
+    pub(crate) client: Host,
     _pod: Host,
     _second: Host,
     _switch: Host,
-    datapath: Option<Datapath>,
-    root: BpfRoot,
+    pub(crate) datapath: Option<Datapath>,
+    pub(crate) root: BpfRoot,
 }
 
 impl Lan {
     /// The calling thread becomes the node.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let [switch, client, pod, second] = std::array::from_fn(|_| Host::new());
         ip("link set lo up");
         switch.ip(&["link add br0 type bridge", "link set br0 up"]);
@@ -151,7 +151,7 @@ impl Lan {
     }
 
     /// Loads and attaches, in place of what is there.
-    fn start_agent(&mut self) {
+    pub(crate) fn start_agent(&mut self) {
         let mut datapath = Datapath::load(&options(self.root.path())).unwrap();
         let hooks = datapath.attach_device(LAN, ifindex(LAN)).unwrap();
         assert!(hooks.ingress.is_ok() && hooks.egress.is_ok(), "{hooks:?}");
@@ -169,14 +169,14 @@ fn command(host: &Host, line: &'static str) -> String {
     })
 }
 
-fn connect(port: u16) -> std::io::Result<TcpStream> {
+pub(crate) fn connect(port: u16) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&(VIP, port).into(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
 
 /// Sends so many bytes and asserts that they come back.
-fn exchange(stream: &TcpStream, len: usize) {
+pub(crate) fn exchange(stream: &TcpStream, len: usize) {
     let sent: Vec<u8> = (0..len).map(|i| (i * 7 + i / 251) as u8).collect();
     let (mut writer, copy) = (stream.try_clone().unwrap(), sent.clone());
     let sender = std::thread::spawn(move || writer.write_all(&copy));

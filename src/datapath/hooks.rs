@@ -1,0 +1,226 @@
+//! The hooks of loaded programs: which there are, how each is, and what to do about those that are not as they should be.
+//!
+//! Each hook is on its own: one that fails leaves the others working, says so, and is tried again when the owner says
+//! (R34). What others attach beside ours is never touched, and what they take away of ours comes back (R48).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType};
+
+use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, chain};
+use super::clsact;
+use super::loader::{AttachMode, Datapath};
+
+/// The programs of Ethernet devices and of devices without link-layer header, (ingress, egress).
+pub(super) const ETHERNET: [&str; 2] = ["cil_from_netdev", "cil_to_netdev"];
+const LAYER3: [&str; 2] = ["cil_from_l3dev", "cil_to_l3dev"];
+
+/// The socket programs with their `enum bpf_attach_type`.
+pub(super) const SOCKETS: [(&str, u32); 8] = [
+    ("cil_sock4_connect", 10),
+    ("cil_sock6_connect", 11),
+    ("cil_sock4_sendmsg", 14),
+    ("cil_sock6_sendmsg", 15),
+    ("cil_sock4_recvmsg", 19),
+    ("cil_sock6_recvmsg", 20),
+    ("cil_sock4_getpeername", 29),
+    ("cil_sock6_getpeername", 30),
+];
+
+/// A device cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+#[error("attach to device {name} (index {ifindex}): {source}")]
+pub struct AttachError {
+    /// The device.
+    pub name: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// The kernel's answer.
+    pub source: io::Error,
+}
+
+/// A place for one program.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hook {
+    Device { ifindex: u32, name: String, egress: bool, program: &'static str },
+    Cgroup { root: PathBuf, program: &'static str, attach_type: u32 },
+}
+
+impl Hook {
+    fn program(&self) -> &'static str {
+        match self {
+            Self::Device { program, .. } | Self::Cgroup { program, .. } => program,
+        }
+    }
+
+    /// For people.
+    fn place(&self) -> String {
+        match self {
+            Self::Device { name, egress: true, .. } => format!("{name} egress"),
+            Self::Device { name, .. } => format!("{name} ingress"),
+            Self::Cgroup { root, .. } => root.display().to_string(),
+        }
+    }
+}
+
+impl Datapath {
+    /// Attaches both directions of a device of the calling thread's network namespace, or replaces the programs that
+    /// are attached. A direction that fails says so in its status and leaves the other working.
+    ///
+    /// # Errors
+    /// The device is not there.
+    pub fn attach_device(&mut self, name: &str, ifindex: u32) -> Result<DeviceHooks, AttachError> {
+        let failed = |source| AttachError { name: name.to_owned(), ifindex, source };
+        let programs = if has_ethernet_header(name).map_err(failed)? { ETHERNET } else { LAYER3 };
+        // A device of this index is this one now, and has the programs of its kind.
+        self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
+        let [ingress, egress] = [false, true].map(|egress| {
+            let program = programs[usize::from(egress)];
+            self.attach(Hook::Device { ifindex, name: name.to_owned(), egress, program }).1
+        });
+        Ok(DeviceHooks { ingress, egress })
+    }
+
+    /// Takes the programs off a device; a device that has gone is no error.
+    pub fn detach_device(&mut self, name: &str, ifindex: u32) -> Result<(), AttachError> {
+        self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
+        attach::detach(ifindex, &self.links).map_err(|source| AttachError { name: name.to_owned(), ifindex, source })
+    }
+
+    /// Attaches the socket programs to a cgroup2 directory, or replaces those that are attached; each on its own.
+    pub fn attach_cgroup(&mut self, cgroup_root: &Path) -> Vec<HookStatus> {
+        let hooks =
+            SOCKETS.map(|(program, attach_type)| Hook::Cgroup { root: cgroup_root.to_owned(), program, attach_type });
+        hooks.into_iter().map(|hook| self.attach(hook).1).collect()
+    }
+
+    /// Looks at every hook that is attached, and attaches again what somebody has taken away (R48). Returns how many
+    /// that were.
+    pub fn verify_hooks(&mut self) -> usize {
+        let attached: Vec<Hook> = self.hooks_where(HookStatus::is_ok);
+        attached.into_iter().filter(|hook| self.attach(hook.clone()).0 == Some(Found::Nothing)).count()
+    }
+
+    /// Tries again to load what was refused, and to attach what is not. Returns how many hooks and programs still fail.
+    pub fn retry(&mut self) -> usize {
+        for program in std::mem::take(&mut self.refused).into_keys() {
+            self.load_program(&program);
+        }
+        for hook in self.hooks_where(|status| !status.is_ok()) {
+            self.attach(hook);
+        }
+        self.failing()
+    }
+
+    /// How many hooks and programs fail.
+    pub fn failing(&self) -> usize {
+        self.hooks().iter().filter(|status| status.error.is_some()).count()
+    }
+
+    fn hooks_where(&self, condition: impl Fn(&HookStatus) -> bool) -> Vec<Hook> {
+        self.hooks.iter().filter(|(_, status)| condition(status)).map(|(hook, _)| hook.clone()).collect()
+    }
+
+    /// Attaches, and notes how that went; with it what was there before, unless it failed.
+    fn attach(&mut self, hook: Hook) -> (Option<Found>, HookStatus) {
+        let result = self.try_attach(&hook);
+        let found = result.as_ref().ok().map(|(_, found)| *found);
+        let status = HookStatus::new(hook.program(), hook.place(), result.map(|(attachment, _)| attachment));
+        self.hooks.insert(hook, status.clone());
+        (found, status)
+    }
+
+    fn try_attach(&mut self, hook: &Hook) -> Result<(Attachment, Found), String> {
+        let program = hook.program();
+        if LAYER3.contains(&program) && !self.refused.contains_key(program) {
+            self.load_program(program);
+        }
+        if let Some(error) = self.refused.get(program) {
+            return Err(error.clone());
+        }
+        match hook {
+            Hook::Device { ifindex, egress, .. } => {
+                let direction = if *egress { TcAttachType::Egress } else { TcAttachType::Ingress };
+                self.try_device(program, *ifindex, direction)
+            }
+            Hook::Cgroup { root, attach_type, .. } => self.try_cgroup(program, root, *attach_type),
+        }
+    }
+
+    fn try_device(
+        &mut self,
+        program: &str,
+        ifindex: u32,
+        direction: TcAttachType,
+    ) -> Result<(Attachment, Found), String> {
+        let loaded: &mut SchedClassifier = self
+            .ebpf
+            .program_mut(program)
+            .ok_or("not in the object")?
+            .try_into()
+            .map_err(|error: ProgramError| chain(&error))?;
+        let fd = loaded.fd().map_err(|error| chain(&error))?.try_clone().map_err(|error| chain(&error))?;
+        if self.options.attach == AttachMode::Auto {
+            match attach::tcx(fd.as_fd(), ifindex, direction, &self.links) {
+                Ok(found) => return Ok((Attachment::Tcx, found)),
+                // What kernels before 6.6 say.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        clsact::attach(loaded, ifindex, direction, &self.links).map(|found| (Attachment::Clsact, found))
+    }
+
+    fn try_cgroup(&self, program: &str, root: &Path, attach_type: u32) -> Result<(Attachment, Found), String> {
+        let opened = File::open(root).and_then(|dir| Ok((dir.metadata()?.ino(), dir)));
+        let (id, cgroup) = opened.map_err(|error| format!("open {}: {error}", root.display()))?;
+        let loaded: &CgroupSockAddr = self
+            .ebpf
+            .program(program)
+            .ok_or("not in the object")?
+            .try_into()
+            .map_err(|error: ProgramError| chain(&error))?;
+        let fd = loaded.fd().map_err(|error| chain(&error))?;
+        let path = self.links.join(format!("cgroup-{program}"));
+        attach::cgroup(fd.as_fd(), (cgroup.as_fd(), id), attach_type, &path)
+            .map(|found| (Attachment::Cgroup, found))
+            .map_err(|error| error.to_string())
+    }
+
+    /// Every hook that was attached or tried, and every program that the verifier refused.
+    pub fn hooks(&self) -> Vec<HookStatus> {
+        let mut all: Vec<HookStatus> = self.hooks.values().cloned().collect();
+        for (program, error) in &self.refused {
+            if !all.iter().any(|status| status.program == *program) {
+                all.push(HookStatus::new(program, String::new(), Err(error.clone())));
+            }
+        }
+        all
+    }
+}
+
+/// Whether packets of the device have an Ethernet header (`ARPHRD_ETHER`, `ARPHRD_LOOPBACK`).
+fn has_ethernet_header(name: &str) -> io::Result<bool> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    use std::os::fd::AsRawFd;
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: integers, arrays and unions of them; zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= libc::IFNAMSIZ {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: the request is valid for this ioctl and outlives it.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: SIOCGIFHWADDR fills this member.
+    let family = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
+    Ok(family == libc::ARPHRD_ETHER || family == libc::ARPHRD_LOOPBACK)
+}
