@@ -109,7 +109,7 @@ impl KernelMaps {
         {
             return sys::update(inner.as_fd(), &[0; 4], table);
         }
-        let inner = sys::create_array("MAGLEV.inner", MAGLEV_BYTES as u32)?;
+        let inner = super::inner::create("MAGLEV.inner", MAGLEV_BYTES as u32)?;
         sys::update(inner.as_fd(), &[0; 4], table)?;
         outer.put(base, &inner.as_raw_fd().to_ne_bytes())
     }

@@ -11,6 +11,7 @@ mod batch;
 mod clsact;
 mod dump;
 mod hooks;
+mod inner;
 mod kernel;
 mod loader;
 mod memory;

@@ -21,6 +21,7 @@ pub(crate) enum Command {
     ObjGet = 7,
     MapFdById = 14,
     InfoByFd = 15,
+    BtfLoad = 18,
     LookupBatch = 24,
     UpdateBatch = 26,
     DeleteBatch = 27,
@@ -130,6 +131,10 @@ struct CreateAttr {
     inner: u32,
     numa: u32,
     name: [u8; 16],
+    ifindex: u32,
+    btf: u32,
+    key_type: u32,
+    value_type: u32,
 }
 // SAFETY: integers without padding.
 unsafe impl Attr for CreateAttr {}
@@ -190,11 +195,33 @@ fn check_kind(fd: BorrowedFd<'_>, kind: &str) -> io::Result<()> {
     if is { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not a bpf {kind}"))) }
 }
 
-/// An array of one element, as inner maps are.
-pub(crate) fn create_array(name: &str, value: u32) -> io::Result<OwnedFd> {
+#[repr(C)]
+#[derive(Default)]
+struct BtfAttr {
+    btf: u64,
+    log: u64,
+    size: u32,
+    log_size: u32,
+    log_level: u32,
+    pad: u32,
+}
+// SAFETY: integers with explicit padding.
+unsafe impl Attr for BtfAttr {}
+
+/// Descriptions of types (BTF), for maps.
+pub(crate) fn load_types(btf: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = BtfAttr { btf: btf.as_ptr() as u64, size: btf.len() as u32, ..Default::default() };
+    call(Command::BtfLoad, &mut attr).map(owned)
+}
+
+/// An array of one element, as inner maps are; `types` has those of its key and value, by number.
+pub(crate) fn create_array(name: &str, value: u32, types: Option<(BorrowedFd<'_>, [u32; 2])>) -> io::Result<OwnedFd> {
     let mut attr = CreateAttr { kind: MAP_ARRAY, key: 4, value, entries: 1, ..Default::default() };
     for (to, from) in attr.name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
+    }
+    if let Some((btf, [key, value])) = types {
+        (attr.btf, attr.key_type, attr.value_type) = (btf.as_raw_fd() as u32, key, value);
     }
     call(Command::MapCreate, &mut attr).map(owned)
 }

@@ -153,3 +153,72 @@ fn r34_each_program_that_is_refused_leaves_the_others_working() {
         }
     });
 }
+
+/// Bytes of stack that the deepest chain of calls from a program's start takes, with what it calls, and its frames.
+fn deepest_stack(code: &[aya_obj::generated::bpf_insn]) -> (u64, Vec<u64>) {
+    const CALL: u8 = 0x85;
+    const PSEUDO_CALL: u8 = 1;
+    const FRAME_POINTER: u8 = 10;
+    /// Before Linux 6.8 the verifier rounds each frame up to so much (`check_max_stack_depth`).
+    const ROUNDED: u64 = 32;
+    let target = |at: usize| {
+        let insn = &code[at];
+        let calls = insn.code == CALL && insn.src_reg() == PSEUDO_CALL;
+        calls.then(|| (at as i64 + 1 + i64::from(insn.imm)) as usize)
+    };
+    let mut starts: Vec<usize> = std::iter::once(0).chain((0..code.len()).filter_map(target)).collect();
+    starts.sort_unstable();
+    starts.dedup();
+    let frame = |body: std::ops::Range<usize>| {
+        let depths = body.map(|at| {
+            let insn = &code[at];
+            // Loads by source, stores by destination, and addresses made by adding to a copy of the frame pointer.
+            let direct = match insn.code & 0x07 {
+                1 => insn.src_reg() == FRAME_POINTER,
+                2 | 3 => insn.dst_reg() == FRAME_POINTER,
+                _ => false,
+            };
+            let copied = insn.code == 0x07
+                && at > 0
+                && code[at - 1].code == 0xbf
+                && code[at - 1].src_reg() == FRAME_POINTER
+                && code[at - 1].dst_reg() == insn.dst_reg();
+            match (direct, copied) {
+                (true, _) => i64::from(-insn.off),
+                (_, true) => i64::from(-insn.imm),
+                _ => 0,
+            }
+        });
+        depths.max().unwrap_or(0).max(0) as u64
+    };
+    let ends = starts.iter().skip(1).copied().chain([code.len()]);
+    let bodies: Vec<_> = starts.iter().copied().zip(ends).map(|(start, end)| start..end).collect();
+    let frames: Vec<u64> = bodies.iter().map(|body| frame(body.clone())).collect();
+    fn depth(
+        of: usize,
+        bodies: &[std::ops::Range<usize>],
+        frames: &[u64],
+        target: &dyn Fn(usize) -> Option<usize>,
+    ) -> u64 {
+        let callees = bodies[of].clone().filter_map(target);
+        let below = callees.map(|start| {
+            let of = bodies.iter().position(|body| body.start == start).expect("every target starts a body");
+            depth(of, bodies, frames, target)
+        });
+        frames[of].max(1).next_multiple_of(ROUNDED) + below.max().unwrap_or(0)
+    }
+    (depth(0, &bodies, &frames, &target), frames)
+}
+
+#[test]
+fn stacks_fit_as_older_kernels_count_them() {
+    // Newer kernels round less, so that this one would not say.
+    let mut object = aya_obj::Object::parse(OBJECT).unwrap();
+    let sections = object.functions.keys().map(|(section, _)| *section).collect();
+    object.relocate_calls(&sections).unwrap();
+    for (name, program) in &object.programs {
+        let (depth, frames) = deepest_stack(&object.functions[&program.function_key()].instructions);
+        println!("{name}: {depth} bytes of stack, frames {frames:?}");
+        assert!(depth <= 512, "{name} takes {depth} bytes of stack: {frames:?}");
+    }
+}

@@ -1,6 +1,6 @@
 //! Services, settings, devices and counters. With `flows` the only code that touches maps.
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated as h};
+use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
     FrontendValue, L2Key, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings,
@@ -8,7 +8,7 @@ use kinesin_abi::{
 };
 
 use crate::maps::{
-    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, SETTINGS, SLOTS, SOCKETS,
+    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
 use crate::packet::Packet;
 
@@ -20,6 +20,16 @@ const TRIES: u32 = 4;
 pub fn scratch() -> Option<&'static mut Packet> {
     // SAFETY: hooks run to their end on one CPU without another hook in between, so nobody else has it.
     PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
+}
+
+/// Memory of this CPU for the route that is being looked for, zeroed.
+#[inline(always)]
+pub fn route_query() -> Option<&'static mut bpf_fib_lookup> {
+    // SAFETY: as above; integers and unions of integers, of which zero is valid.
+    ROUTE.get_ptr_mut(0).map(|query| unsafe {
+        *query = core::mem::zeroed();
+        &mut *query
+    })
 }
 
 /// The frontend at exactly this address, port and protocol.

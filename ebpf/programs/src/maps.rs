@@ -1,7 +1,7 @@
 //! The maps. Their sizes here are defaults; the loader sets them from the configuration.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, bpf_fib_lookup},
     btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
@@ -61,6 +61,11 @@ pub static SETTINGS: Array<Settings, 1> = Array::new();
 /// The packet at hand; see `packet`. Private to the programs: not pinned, not dumped.
 #[btf_map]
 pub static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+/// The question to the routing tables at hand, and its answer: too large for stacks that are rounded up per call. Private
+/// to the programs.
+#[btf_map]
+pub static ROUTE: PerCpuArray<bpf_fib_lookup, 1> = PerCpuArray::new();
 
 /// Until when, in nanoseconds, this CPU's errors are spent; see `lookup::may_complain`. Private to the programs.
 #[btf_map]

@@ -29,8 +29,7 @@ impl Route {
 /// the packet does not fit, that is the error, and `Packet::mtu` says what does.
 #[inline(always)]
 pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
-    // SAFETY: integers and unions of integers; zero is valid.
-    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    let query = lookup::route_query().ok_or(DropReason::FibLookupFailed)?;
     query.family = AF_INET;
     query.l4_protocol = protocol;
     query.__bindgen_anon_1.tot_len = len;
@@ -38,8 +37,7 @@ pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Ro
     query.__bindgen_anon_3.ipv4_src = src.v4_raw();
     query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
     // SAFETY: the structure outlives the call.
-    let code =
-        unsafe { h::bpf_fib_lookup(skb.as_ptr().cast(), &mut query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
+    let code = unsafe { h::bpf_fib_lookup(skb.as_ptr().cast(), query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
     // SAFETY: all members of the union are integers; IPv4 uses the first word.
     let hop = unsafe { query.__bindgen_anon_4.ipv6_dst };
     match code {
