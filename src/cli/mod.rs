@@ -13,6 +13,7 @@ mod output;
 mod services;
 mod status;
 mod tree;
+mod uninstall;
 mod version;
 mod vips;
 
@@ -42,6 +43,7 @@ enum Command {
     Get(get::Args),
     Config(config::Args),
     Debug(debug::Args),
+    Uninstall(uninstall::Args),
     Version(version::Args),
     Lab(lab::Args),
 }
@@ -91,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Get(args) => get::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Debug(args) => debug::run(&args),
+        Command::Uninstall(args) => uninstall::run(&args),
         Command::Version(args) => version::run(&args),
         Command::Lab(args) => lab::run(args),
     };

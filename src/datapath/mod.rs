@@ -30,7 +30,7 @@ pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
 pub use memory::MemoryMaps;
-pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir};
+pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
 pub const TABLES: [&str; 12] = [

@@ -67,6 +67,26 @@ pub fn detach_all(bpf_root: &Path) -> io::Result<()> {
     first_error.map_or(Ok(()), Err)
 }
 
+/// What [`detach_all`] would remove: the pins of hooks and maps, of all versions, sorted.
+///
+/// # Errors
+/// A directory cannot be read.
+pub fn pins(bpf_root: &Path) -> io::Result<Vec<PathBuf>> {
+    let (mut found, mut dirs) = (Vec::new(), vec![bpf_root.join("kinesin")]);
+    while let Some(dir) = dirs.pop() {
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() { dirs.push(entry.path()) } else { found.push(entry.path()) }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 /// A pinned map of another shape than the programs have, and what became of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]

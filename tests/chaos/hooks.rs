@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::process::{Command, Output};
 
-use kinesin::datapath::links_dir;
+use kinesin::datapath::{links_dir, pins};
 
 use super::bpf::{self, Foreign};
 use super::rig::{LIMIT, Lease, RATE, Rig, eventually, eventually_or};
@@ -70,4 +71,48 @@ async fn r48_a_program_that_somebody_takes_off_its_hook_comes_back() {
     assert_eq!((totals.failed, totals.held.broken), (calm.failed, 0), "traffic is as before: {totals:?}");
     let log = std::fs::read_to_string(rig.lab.node(owner).log("agent")).unwrap();
     assert!(log.contains("programs were taken off their hooks: attached again"), "the log says so");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r48_uninstalling_leaves_nothing_of_ours_and_everything_of_theirs() {
+    let mut rig = Rig::start("uninstall", Lease::Patient, &[]).await;
+    let node = rig.lab.node(1).clone();
+    let cgroup = File::open(node.cgroup()).unwrap();
+    let foreign = Foreign::load(bpf::CGROUP_SOCK_ADDR, bpf::INET4_CONNECT, 1);
+    foreign.attach(cgroup.as_raw_fd() as u32, bpf::INET4_CONNECT, bpf::ALLOW_MULTI).unwrap();
+    let device = Foreign::load(bpf::SCHED_CLS, 0, bpf::NEXT);
+    let ingress = |program: Option<&Foreign>| {
+        node.netns()
+            .run(|| {
+                let index = nix::net::if_::if_nametoindex("eth0").unwrap();
+                program.into_iter().for_each(|program| program.attach(index, bpf::TCX_INGRESS, 0).unwrap());
+                bpf::programs(index, bpf::TCX_INGRESS).unwrap()
+            })
+            .unwrap()
+    };
+    let programs = || (ingress(None), bpf::programs(cgroup.as_raw_fd() as u32, bpf::INET4_CONNECT).unwrap());
+    ingress(Some(&device));
+    let before = programs();
+    assert_eq!((before.0.len(), before.1.len()), (2, 2));
+
+    let binary = rig.lab.binary().to_owned();
+    let uninstall = |more: &'static [&'static str]| -> Output {
+        let mut command = Command::new(&binary);
+        command.arg("uninstall").arg("--bpf-root").arg(node.bpf_root());
+        command.arg("--socket-path").arg(node.agent_socket()).args(more);
+        node.netns().run(move || command.output().unwrap()).unwrap()
+    };
+    let refused = uninstall(&[]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("stop it first"), "{refused:?}");
+    let listed = uninstall(&["--dry-run"]);
+    let count = pins(&node.bpf_root()).unwrap().len();
+    assert_eq!((String::from_utf8_lossy(&listed.stdout).lines().count(), programs()), (count, before));
+
+    rig.take_agent(1).stop().await;
+    let done = uninstall(&[]);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(pins(&node.bpf_root()).unwrap(), Vec::<std::path::PathBuf>::new());
+    assert_eq!(programs(), (vec![device.id], vec![foreign.id]), "only theirs are left");
+    assert!(uninstall(&[]).status.success(), "twice is no error");
 }
