@@ -20,11 +20,15 @@ use crate::admin::views::{
 };
 use crate::admin::{Api, ApiError};
 use crate::config::{Algorithm, Report};
+use crate::datapath::meaning_rows;
 use crate::level::Level;
 use crate::source::Source;
 use crate::supervisor::Child;
 use crate::sync::lock;
 use crate::world::World;
+
+/// The table that is no map: the maps of services resolved, free of ids.
+const RESOLVED: &str = "services";
 
 /// Implements [`Api`].
 pub(super) struct Answers {
@@ -277,13 +281,19 @@ impl Api for Answers {
         async {
             let handle = self.world.maps.get();
             let usage = handle.iter().flat_map(|handle| handle.store.usage());
-            usage
+            let tables: Vec<_> = usage
                 .map(|t| TableView {
                     name: t.name.into(),
                     about: objects::about(t.name).into(),
                     rows: t.entries.unwrap_or(0),
                 })
-                .collect()
+                .collect();
+            let resolved = tables.first().map(|frontends| TableView {
+                name: RESOLVED.into(),
+                about: objects::about(RESOLVED).into(),
+                rows: frontends.rows,
+            });
+            resolved.into_iter().chain(tables).collect()
         }
         .boxed()
     }
@@ -294,7 +304,13 @@ impl Api for Answers {
                 return Err(ApiError::Unavailable("the data path is not loaded yet".into()));
             };
             let (store, name) = (handle.store.clone(), table.to_owned());
-            let rows = tokio::task::spawn_blocking(move || store.dump_raw(&name)).await;
+            let rows = tokio::task::spawn_blocking(move || {
+                if name == RESOLVED {
+                    return Ok(meaning_rows(&store.read()?.meaning()));
+                }
+                store.dump_raw(&name)
+            })
+            .await;
             let rows = rows.map_err(|error| ApiError::Unavailable(error.to_string()))?;
             let rows = rows.map_err(|error| ApiError::NotFound(error.to_string()))?;
             Ok(rows.into_iter().map(|(key, value)| DumpRow::new([("key", key), ("value", value)])).collect())

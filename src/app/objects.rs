@@ -68,6 +68,7 @@ pub(super) fn node_is_leaving(world: &World) -> bool {
 /// What is in a table, one line.
 pub(super) fn about(table: &str) -> &'static str {
     match table {
+        "services" => "frontends with the backends they lead to, the same on every node that serves the same",
         "frontends" => "what clients connect to",
         "slots" => "members of backend sets",
         "backends" => "pods by id",

@@ -35,15 +35,19 @@ pub(crate) fn frontend_key(key: &FrontendKey) -> String {
     format!("{}/{}", endpoint(key.addr, key.port), protocol(key.proto))
 }
 
-pub(crate) fn backend(backend: &Backend) -> String {
-    let state = match backend.state {
+pub(crate) fn backend_state(backend: &Backend) -> &'static str {
+    match backend.state {
         0 => "free",
         1 => "active",
         2 => "terminating",
         3 => "terminating-not-serving",
         4 => "maintenance",
         _ => "?",
-    };
+    }
+}
+
+pub(crate) fn backend(backend: &Backend) -> String {
+    let state = backend_state(backend);
     let local = if backend.flags & BACKEND_LOCAL != 0 { " local" } else { "" };
     format!("{}/{} {state}{local}", endpoint(backend.addr, backend.port), protocol(backend.proto))
 }
@@ -54,8 +58,9 @@ fn flags(bits: u32, names: &[(u32, &str)]) -> String {
     if set.is_empty() { "-".into() } else { set.join(",") }
 }
 
-fn frontend_value(value: &FrontendValue) -> String {
-    let kind = match value.flags & frontend_flags::KIND {
+/// `LoadBalancer routable,affinity`
+pub(crate) fn kind_and_flags(bits: u32) -> String {
+    let kind = match bits & frontend_flags::KIND {
         0 => "ClusterIP",
         1 => "NodePort",
         2 => "LoadBalancer",
@@ -64,7 +69,7 @@ fn frontend_value(value: &FrontendValue) -> String {
         _ => "?",
     };
     let names = flags(
-        value.flags,
+        bits,
         &[
             (frontend_flags::ROUTABLE, "routable"),
             (frontend_flags::MAGLEV, "maglev"),
@@ -76,10 +81,20 @@ fn frontend_value(value: &FrontendValue) -> String {
             (frontend_flags::SOURCE_RANGES_DENY, "deny"),
         ],
     );
+    format!("{kind} {names}")
+}
+
+fn frontend_value(value: &FrontendValue) -> String {
     let (external, internal) = (value.external, value.internal);
     format!(
-        "{kind} {names} service={} affinity={}s external={}+{} internal={}+{}",
-        value.service, value.affinity, external.base, external.count, internal.base, internal.count
+        "{} service={} affinity={}s external={}+{} internal={}+{}",
+        kind_and_flags(value.flags),
+        value.service,
+        value.affinity,
+        external.base,
+        external.count,
+        internal.base,
+        internal.count
     )
 }
 
@@ -152,12 +167,16 @@ fn affinity_value(value: &AffinityValue) -> String {
 }
 
 pub(crate) fn range_key(key: &SourceRangeKey) -> String {
-    let range = key.range;
-    let list = if range.list & SOURCE_RANGE_DENY != 0 { "deny" } else { "allow" };
-    let before = SOURCE_RANGE_BITS + if range.list & SOURCE_RANGE_IPV6 != 0 { 0 } else { 96 };
+    let list = if key.range.list & SOURCE_RANGE_DENY != 0 { "deny" } else { "allow" };
+    format!("service={} {list} {}", key.range.service, range_network(key))
+}
+
+/// `10.0.0.0/8`
+pub(crate) fn range_network(key: &SourceRangeKey) -> String {
+    let before = SOURCE_RANGE_BITS + if key.range.list & SOURCE_RANGE_IPV6 != 0 { 0 } else { 96 };
     match key.prefix_len.checked_sub(before) {
-        Some(bits) => format!("service={} {list} {}/{bits}", range.service, IpAddr::from(range.addr)),
-        None => format!("service={} {list} ?/{}", range.service, key.prefix_len),
+        Some(bits) => format!("{}/{bits}", IpAddr::from(key.range.addr)),
+        None => format!("?/{}", key.prefix_len),
     }
 }
 

@@ -289,7 +289,11 @@ impl MapStore for KernelMaps {
 
     fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError> {
         let name = table_name(table)?;
-        let entries = self.raw_entries(name)?;
+        let mut entries = self.raw_entries(name)?;
+        // Arrays come in order, hashes in that of their buckets, which is another one each time.
+        if !matches!(name, "slots" | "backends" | "settings" | "drops") {
+            entries.sort_unstable();
+        }
         Ok(entries.iter().filter_map(|(key, value)| dump::element(name, key, value)).collect())
     }
 

@@ -14,6 +14,7 @@ mod hooks;
 mod inner;
 mod kernel;
 mod loader;
+mod meaning;
 mod memory;
 mod pin;
 mod sys;
@@ -29,6 +30,7 @@ pub use attach::{Attachment, DeviceHooks, HookStatus};
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
+pub use meaning::meaning_rows;
 pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
@@ -141,7 +143,7 @@ pub trait MapStore: Send + Sync + 'static {
     /// entries there were.
     fn remove_flows_to(&self, backends: &[(Addr, Be16, u8)]) -> Result<usize, MapError>;
 
-    /// All elements of a table, for people.
+    /// All elements of a table, for people, in order of their keys.
     fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError>;
     /// The names that [`Self::dump_raw`] takes.
     fn tables(&self) -> &'static [&'static str] {

@@ -6,12 +6,14 @@
 
 mod adopt;
 mod image;
+mod meaning;
 mod phases;
 mod planner;
 mod room;
 mod service;
 mod slots;
 
+pub use meaning::{FrontendMeaning, Meaning};
 pub use phases::in_phases;
 pub use planner::{Limits, PlanError, Planner, Stats};
 pub use service::keep_api_backends;
