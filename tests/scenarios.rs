@@ -33,7 +33,7 @@ fn main() {
     for path in case::files() {
         for kind in SourceKind::ALL {
             let (name, path) = (format!("{}::{kind}", case::name(&path)), path.clone());
-            trials.push(Trial::test(name, move || run::case(&path, kind).map_err(Into::into)));
+            trials.push(Trial::test(name, move || run::case(&path, kind).map_err(|error| format!("{error:#}").into())));
         }
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
