@@ -13,25 +13,33 @@ use super::dump;
 
 /// One row for each frontend, then one for each backend that no frontend leads to, then what is wrong; in order.
 pub fn meaning_rows(meaning: &Meaning) -> Vec<(String, String)> {
-    let mut rows: Vec<_> = meaning.frontends.iter().map(|(key, value)| (dump::frontend_key(key), frontend(key, value))).collect();
-    let used: BTreeSet<&Backend> = meaning.frontends.values().flat_map(|f| f.external.iter().chain(&f.internal)).collect();
-    let resting = meaning.backends.iter().filter(|backend| !used.contains(backend));
-    rows.extend(resting.map(|backend| ("backend".to_owned(), dump::backend(backend))));
+    // In the order of addresses, which the maps' keys do not have.
+    let mut frontends: Vec<_> = meaning.frontends.iter().collect();
+    frontends.sort_unstable_by_key(|(key, _)| (IpAddr::from(key.addr), key.port.get(), key.proto));
+    let mut rows: Vec<_> =
+        frontends.iter().map(|(key, value)| (dump::frontend_key(key), frontend(key, value))).collect();
+    let used: BTreeSet<&Backend> =
+        meaning.frontends.values().flat_map(|f| f.external.iter().chain(&f.internal)).collect();
+    let resting = in_order(meaning.backends.iter().filter(|backend| !used.contains(backend)));
+    rows.extend(resting.into_iter().map(|backend| ("backend".to_owned(), dump::backend(backend))));
     rows.extend(meaning.faults.iter().map(|fault| ("fault".to_owned(), fault.clone())));
     rows
 }
 
 /// `LoadBalancer routable,affinity affinity=10800s external=10.42.0.5:8080(local) internal=10.42.0.5:8080(local),…`
 fn frontend(key: &FrontendKey, value: &FrontendMeaning) -> String {
+    if value.flags & frontend_flags::WILDCARD != 0 {
+        let outside = value.flags & frontend_flags::ROUTABLE != 0;
+        return if outside { "wildcard routable".into() } else { "wildcard".into() };
+    }
     let mut text = dump::kind_and_flags(value.flags);
     if value.affinity > 0 {
         text += &format!(" affinity={}s", value.affinity);
     }
-    if value.flags & frontend_flags::WILDCARD != 0 {
-        return text;
-    }
     if value.flags & frontend_flags::SOURCE_RANGES != 0 {
-        let networks: Vec<String> = value.ranges.iter().map(dump::range_network).collect();
+        let mut ranges: Vec<_> = value.ranges.iter().collect();
+        ranges.sort_unstable_by_key(|range| (IpAddr::from(range.range.addr), range.prefix_len));
+        let networks: Vec<String> = ranges.into_iter().map(dump::range_network).collect();
         text += &format!(" ranges={}", or_dash(networks.join(",")));
     }
     if value.external == value.internal {
@@ -56,7 +64,13 @@ fn set(key: &FrontendKey, backends: &BTreeSet<Backend>) -> String {
         let notes = if notes.is_empty() { String::new() } else { format!("({})", notes.join(",")) };
         format!("{}{notes}", dump::endpoint(backend.addr, backend.port))
     };
-    or_dash(backends.iter().map(member).collect::<Vec<_>>().join(","))
+    or_dash(in_order(backends).into_iter().map(member).collect::<Vec<_>>().join(","))
+}
+
+fn in_order<'a>(backends: impl IntoIterator<Item = &'a Backend>) -> Vec<&'a Backend> {
+    let mut backends: Vec<&Backend> = backends.into_iter().collect();
+    backends.sort_unstable_by_key(|backend| (IpAddr::from(backend.addr), backend.port.get(), backend.proto));
+    backends
 }
 
 fn or_dash(text: String) -> String {
@@ -65,7 +79,7 @@ fn or_dash(text: String) -> String {
 
 /// A fingerprint of the table, which nodes agree on, and how many entries each backend has, in the backends' order.
 fn maglev(table: &[Backend]) -> String {
-    let members: BTreeSet<&Backend> = table.iter().collect();
+    let members = in_order(table.iter().collect::<BTreeSet<_>>());
     let share = |member: &&Backend| table.iter().filter(|backend| *backend == *member).count().to_string();
     let shares: Vec<String> = members.iter().map(share).collect();
     format!("{:016x}({})", fingerprint(table), shares.join("+"))

@@ -93,7 +93,8 @@ impl Agent {
             programmed: Level::with(false),
             ..world.clone()
         };
-        let handle = |store: Arc<dyn MapStore>| MapsHandle { generation: 1, store, limits: kernel::limits(), hooks: Vec::new() };
+        let handle =
+            |store: Arc<dyn MapStore>| MapsHandle { generation: 1, store, limits: kernel::limits(), hooks: Vec::new() };
         world.maps.set(handle(memory.clone()));
         kernel_world.maps.set(handle(kernel.maps().clone()));
         world.leadership.set(Leadership { leading: true, holder: Some(NODE.into()) });
@@ -106,8 +107,7 @@ impl Agent {
         };
         let root = tree(&world, &kernel_world, &source, args);
         let tree = Tree::start(root).await?;
-        let mut agent =
-            Self { world, kernel_world, memory, kernel, source, inputs, config_dir, tree, fences: 0 };
+        let mut agent = Self { world, kernel_world, memory, kernel, source, inputs, config_dir, tree, fences: 0 };
         agent.set_devices(&BTreeMap::from([(
             "lan0".to_owned(),
             vec!["192.168.1.10/24".to_owned(), "fd01::10/64".to_owned()],
@@ -217,7 +217,8 @@ impl Agent {
     pub fn problems(&self) -> Vec<String> {
         let mut lines: Vec<String> = Vec::new();
         for (area, texts) in self.world.problems.all() {
-            lines.extend(texts.into_iter().map(|text| format!("{area}: {text}")));
+            let dir = self.config_dir.path().display().to_string();
+            lines.extend(texts.into_iter().map(|text| format!("{area}: {}", text.replace(&dir, "<config-dir>"))));
         }
         for problem in self.source.health().problems {
             let place = problem.find(": ").filter(|end| problem[..*end].contains(".yaml:"));
@@ -234,8 +235,16 @@ impl Agent {
     pub fn picture(&self) -> Result<String> {
         let [memory, kernel] = [self.maps_text(&*self.memory)?, self.maps_text(&**self.kernel.maps())?];
         ensure!(memory == kernel, "memory maps hold\n{}\nand the kernel's\n{}", memory.join("\n"), kernel.join("\n"));
-        ensure!(self.world.unwritten.rows() == self.kernel_world.unwritten.rows(), "the two kinds of maps refuse different services");
-        let sections = [("services", self.services()), ("maps", memory), ("problems", self.problems()), ("statuses", self.statuses())];
+        ensure!(
+            self.world.unwritten.rows() == self.kernel_world.unwritten.rows(),
+            "the two kinds of maps refuse different services"
+        );
+        let sections = [
+            ("services", self.services()),
+            ("maps", memory),
+            ("problems", self.problems()),
+            ("statuses", self.statuses()),
+        ];
         let mut text = String::new();
         for (name, lines) in sections.into_iter().filter(|(_, lines)| !lines.is_empty()) {
             text += &format!("{name}:\n");

@@ -81,7 +81,10 @@ fn parse(text: &str) -> Result<Case> {
             step.expect = expect.as_str().context("expect: is a text")?.to_owned();
             case.steps.push(std::mem::take(&mut step));
         } else if let Some(names) = fields.get("delete") {
-            step.delete = serde_json::from_value::<Vec<String>>(names.clone())?.iter().map(|name| key(name)).collect::<Result<_>>()?;
+            step.delete = serde_json::from_value::<Vec<String>>(names.clone())?
+                .iter()
+                .map(|name| key(name))
+                .collect::<Result<_>>()?;
         } else if let Some(devices) = fields.get("devices") {
             step.devices = Some(serde_json::from_value(devices.clone())?);
         } else if let Some(only) = fields.get("only") {

@@ -56,9 +56,17 @@ pub struct Feed {
 }
 
 enum To {
-    Directory { manifests: TempDir, _state: TempDir, objects: BTreeMap<Key, Value> },
+    Directory {
+        manifests: TempDir,
+        _state: TempDir,
+        objects: BTreeMap<Key, Value>,
+    },
     /// One user at a time: objects are in the way of others.
-    Server { client: Client, applied: Vec<Key>, _turn: tokio::sync::OwnedMutexGuard<()> },
+    Server {
+        client: Client,
+        applied: Vec<Key>,
+        _turn: tokio::sync::OwnedMutexGuard<()>,
+    },
 }
 
 impl Feed {

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, SetRef, SourceRangeKey};
+use kinesin_abi::{Backend, BackendId, FrontendKey, SetRef, SourceRangeKey, frontend_flags};
 
 use super::Actual;
 use crate::maglev::protocol_name;
@@ -35,7 +35,7 @@ pub struct FrontendMeaning {
     pub external: BTreeSet<Backend>,
     /// Backends for traffic from the cluster.
     pub internal: BTreeSet<Backend>,
-    /// Maglev tables of both, entry by entry; empty where there is none.
+    /// Maglev tables of both, entry by entry; empty where there is none, or the frontend does not ask it.
     pub tables: [Vec<Backend>; 2],
     /// Source ranges of the service port, under service 0.
     pub ranges: BTreeSet<SourceRangeKey>,
@@ -79,8 +79,9 @@ impl Actual {
                 members
             };
             let (external, internal) = (set(value.external), set(value.internal));
+            let tabled = value.flags & frontend_flags::MAGLEV != 0;
             let mut table = |set: SetRef| {
-                let ids = tables.get(&set.base).filter(|_| set.count > 0).copied().unwrap_or_default();
+                let ids = tables.get(&set.base).filter(|_| tabled && set.count > 0).copied().unwrap_or_default();
                 let known = |id: &BackendId| {
                     let backend = backends.get(id).copied();
                     if backend.is_none() {
@@ -114,7 +115,8 @@ impl Actual {
         let tables = self.maglev.iter().filter(|(base, _)| !used.contains(base));
         let tables = tables.map(|(base, _)| format!("table {base} belongs to no frontend"));
         let ranges = self.source_ranges.iter().filter(|range| !ports.contains_key(&range.range.service));
-        let ranges = ranges.map(|range| format!("a source range belongs to service {}, which is none", range.range.service));
+        let ranges =
+            ranges.map(|range| format!("a source range belongs to service {}, which is none", range.range.service));
         slots.chain(tables).chain(ranges).collect()
     }
 }
