@@ -9,6 +9,10 @@
 // The macros' outer functions take the context as a raw pointer.
 #![allow(clippy::not_unsafe_ptr_arg_deref)]
 
+// A check of the whole workspace builds this for the host too, with the host's panic handler.
+#[cfg(not(target_arch = "bpf"))]
+extern crate std;
+
 mod affinity;
 mod arp;
 mod flows;
@@ -89,7 +93,7 @@ sock_programs! {
     getpeername6 cil_sock6_getpeername => sock::restore6;
 }
 
-#[cfg(not(test))]
+#[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo) -> ! {
     // Never reached: nothing in the programs panics, and the verifier would refuse the loop.
