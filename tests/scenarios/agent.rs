@@ -174,6 +174,13 @@ impl Agent {
             "metadata": {"name": "fence", "namespace": FENCE_NAMESPACE, "labels": labels},
             "spec": {"clusterIPs": FENCE, "ports": [{"port": self.fences}]},
         }))?;
+        // The end of the first list takes away what the list does not have.
+        let world = &self.world;
+        self.until("the first lists", || {
+            let lists = [world.services.is_complete(), world.slices.is_complete(), world.nodes.is_complete()];
+            lists == [true; 3] && world.pools.is_complete()
+        })
+        .await?;
         // Not through the source: it shall not change what a case has there.
         self.world.services.put(fence.key(), fence);
         let passed = |store: &dyn MapStore| {
