@@ -19,4 +19,5 @@ pub mod source;
 pub mod supervisor;
 mod sync;
 pub mod table;
+pub mod trace;
 pub mod world;

@@ -383,3 +383,38 @@ fn nothing_is_coloured_when_nobody_watches() {
         assert!(!agent.ok(&args).contains('\x1b'), "{args:?}");
     }
 }
+
+#[test]
+fn trace_shows_the_ways_with_their_chances_and_refuses_questions_that_make_no_sense() {
+    let agent = Agent::start();
+    let expected = "\
+host -> 10.0.0.100:80
+ 1  connection    a new one
+CHANCE   BACKEND          STATE    WHERE       OUTCOME
+75.0 %   10.42.0.1:8080   active   this node   the socket talks to 10.42.0.1:8080, and sees the service's address
+25.0 %   10.42.0.1:8081   active   elsewhere   the socket talks to 10.42.0.1:8081, and sees the service's address
+";
+    assert_eq!(agent.ok(&["trace", "host", "10.0.0.100:80"]), expected);
+    let wide = agent.ok(&["trace", "host", "10.0.0.100:80", "-o", "wide"]);
+    assert!(wide.contains("with a chance of 25.0 %:\n=> the socket talks to 10.42.0.1:8081"), "{wide}");
+    let json = agent.json(&["trace", "host", "10.0.0.100:80"]);
+    assert_eq!((&json["from"], &json["ways"][1]["verdict"]["kind"]), (&json!("agent"), &json!("connects")));
+
+    let wrong = agent.run(&["trace", "host", "10.0.0.100"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("dst \"10.0.0.100\": no port; add one as in 10.0.0.100:80"), "{}", stderr(&wrong));
+    let unknown = agent.run(&["trace", "10.0.0.1@gone", "10.0.0.100:80"]);
+    assert_eq!(unknown.status.code(), Some(0), "src names the device, --device does not");
+    let unknown = agent.run(&["trace", "10.0.0.1", "10.0.0.100:80", "--device", "gone"]);
+    assert_eq!(unknown.status.code(), Some(1), "what only the agent can know, it answers");
+}
+
+#[test]
+fn trace_without_agent_and_without_pinned_maps_says_that_nobody_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    let args = ["trace", "host", "10.0.0.1:80", "--socket-path", socket.to_str().unwrap()];
+    let output = command(&args).arg("--bpf-root").arg(dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(stderr(&output).contains("no agent answers on"), "{}", stderr(&output));
+}

@@ -35,5 +35,7 @@ mod rig;
 mod services;
 #[path = "datapath/sockets.rs"]
 mod sockets;
+#[path = "datapath/trace.rs"]
+mod trace;
 #[path = "datapath/traffic.rs"]
 mod traffic;

@@ -13,3 +13,4 @@ pub mod plan;
 pub mod presence;
 pub mod selector;
 pub mod services;
+pub mod trace;

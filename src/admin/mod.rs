@@ -9,6 +9,7 @@ pub mod views;
 
 use futures::future::BoxFuture;
 use kinesin_core::services::FrontendView;
+use kinesin_core::trace::{Question, Trace};
 use serde::Serialize;
 use thiserror::Error;
 
@@ -37,6 +38,11 @@ pub trait Api: Send + Sync + 'static {
     /// # Errors
     /// [`ApiError::NotFound`] for a table that does not exist.
     fn dump<'a>(&'a self, table: &'a str) -> BoxFuture<'a, Result<Vec<DumpRow>, ApiError>>;
+    /// What would happen to a packet, from the maps as they are now.
+    ///
+    /// # Errors
+    /// [`ApiError::Invalid`] for a question that makes no sense, with the argument and what to write.
+    fn trace(&self, question: Question) -> BoxFuture<'_, Result<Trace, ApiError>>;
     /// Objects as the source has them, with `apiVersion` and `kind`. `kind` is a lower-case plural (`services`); `name`
     /// is `namespace/name`, or a bare name, which may match in several namespaces.
     ///

@@ -119,6 +119,7 @@ pub fn router(api: Arc<dyn Api>) -> Router {
         .route("/v1/tables", get(async |State(api): State<Shared>| Json(api.tables().await)))
         .route("/v1/tables/{table}", get(dump))
         .route("/v1/objects/{kind}", get(objects))
+        .route("/v1/trace", get(trace))
         .route("/v1/debug/kill", post(kill))
         .fallback(async || ApiError::NotFound("this agent has no such question: are both of one version?".into()))
         .with_state(api.clone())
@@ -128,6 +129,13 @@ pub fn router(api: Arc<dyn Api>) -> Router {
 async fn dump(State(api): State<Shared>, UrlPath(table): UrlPath<String>) -> Result<Json<Dump>, ApiError> {
     let rows = api.dump(&table).await?;
     Ok(Json(Dump { table, rows }))
+}
+
+async fn trace(
+    State(api): State<Shared>,
+    Query(question): Query<kinesin_core::trace::Question>,
+) -> Result<Json<kinesin_core::trace::Trace>, ApiError> {
+    Ok(Json(api.trace(question).await?))
 }
 
 #[derive(Deserialize)]

@@ -8,6 +8,7 @@ use std::time::Instant;
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
 use kinesin_core::services::{self, FrontendView};
+use kinesin_core::trace::{Question, Trace};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
 
@@ -25,7 +26,8 @@ use crate::level::Level;
 use crate::source::Source;
 use crate::supervisor::Child;
 use crate::sync::lock;
-use crate::world::World;
+use crate::trace::{Live, TraceError, answer};
+use crate::world::{MapsHandle, World};
 
 /// The table that is no map: the maps of services resolved, free of ids.
 const RESOLVED: &str = "services";
@@ -199,6 +201,10 @@ impl Answers {
             .collect()
     }
 
+    fn handle(&self) -> Result<Arc<MapsHandle>, ApiError> {
+        self.world.maps.get().ok_or_else(|| ApiError::Unavailable("the data path is not loaded yet".into()))
+    }
+
     fn export(&self) {
         gauge!("kinesin_problems", "area" => "source").set(self.source.health().problems.len() as f64);
         let Some(handle) = self.world.maps.get() else { return };
@@ -300,9 +306,7 @@ impl Api for Answers {
 
     fn dump<'a>(&'a self, table: &'a str) -> BoxFuture<'a, Result<Vec<DumpRow>, ApiError>> {
         async move {
-            let Some(handle) = self.world.maps.get() else {
-                return Err(ApiError::Unavailable("the data path is not loaded yet".into()));
-            };
+            let handle = self.handle()?;
             let (store, name) = (handle.store.clone(), table.to_owned());
             let rows = tokio::task::spawn_blocking(move || {
                 if name == RESOLVED {
@@ -314,6 +318,23 @@ impl Api for Answers {
             let rows = rows.map_err(|error| ApiError::Unavailable(error.to_string()))?;
             let rows = rows.map_err(|error| ApiError::NotFound(error.to_string()))?;
             Ok(rows.into_iter().map(|(key, value)| DumpRow::new([("key", key), ("value", value)])).collect())
+        }
+        .boxed()
+    }
+
+    fn trace(&self, question: Question) -> BoxFuture<'_, Result<Trace, ApiError>> {
+        async move {
+            let handle = self.handle()?;
+            let (world, runtime) = (self.world.clone(), tokio::runtime::Handle::current());
+            let answer = tokio::task::spawn_blocking(move || {
+                let live = Live::open(handle.store.clone(), handle.hooks.clone(), runtime)?;
+                answer(&live.with_names(Box::new(move |key| objects::frontend_name(&world, key))), &question)
+            });
+            let answer = answer.await.map_err(|error| ApiError::Unavailable(error.to_string()))?;
+            answer.map_err(|error| match error {
+                TraceError::Question(text) => ApiError::Invalid(text),
+                error => ApiError::Unavailable(error.to_string()),
+            })
         }
         .boxed()
     }

@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kinesin_abi::{Addr, FrontendKey};
 use kinesin_core::objects::{Object, ObjectKey};
+use kinesin_core::services::Frontend;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -49,6 +51,19 @@ pub(super) fn pool_of(world: &World, address: IpAddr) -> Option<String> {
     let pools = world.pools.rows().into_iter();
     let mut holding = pools.filter(|(_, pool)| kinesin_core::lb_ipam::contains(pool, address));
     holding.next().map(|(key, _)| key.name.to_string())
+}
+
+/// `namespace/name:port` of the Service that a frontend belongs to.
+pub(super) fn frontend_name(world: &World, key: &FrontendKey) -> Option<String> {
+    let is = |frontend: &Frontend| {
+        (Addr::from(frontend.addr), frontend.port, frontend.proto) == (key.addr, key.port.get(), key.proto)
+    };
+    world.compiled.rows().into_iter().find_map(|(service, compiled)| {
+        let frontend = compiled.frontends.iter().find(|frontend| is(frontend))?;
+        let port =
+            if frontend.port_name.is_empty() { frontend.port.to_string() } else { frontend.port_name.to_string() };
+        Some(format!("{service}:{port}"))
+    })
 }
 
 /// A unit variant as it is written in JSON.

@@ -12,6 +12,7 @@ mod lab;
 mod output;
 mod services;
 mod status;
+mod trace;
 mod tree;
 mod uninstall;
 mod version;
@@ -40,6 +41,7 @@ enum Command {
     Vips(vips::Args),
     Tree(tree::Args),
     Dump(dump::Args),
+    Trace(Box<trace::Args>),
     Get(get::Args),
     Config(config::Args),
     Debug(debug::Args),
@@ -90,6 +92,7 @@ pub fn main() -> ExitCode {
         Command::Vips(args) => vips::run(&args),
         Command::Tree(args) => tree::run(&args),
         Command::Dump(args) => dump::run(&args),
+        Command::Trace(args) => trace::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Debug(args) => debug::run(&args),

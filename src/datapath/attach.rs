@@ -180,6 +180,25 @@ pub(crate) fn detach_pinned(links: &Path) -> io::Result<()> {
     result
 }
 
+/// The hooks that pins below this root tell of, for whoever looks while no agent runs. Which program is at a device's hook
+/// its pin does not say; the names of devices are those of the calling thread's network namespace.
+pub fn pinned_hooks(bpf_root: &Path) -> Vec<HookStatus> {
+    let pins = fs::read_dir(super::links_dir(bpf_root)).into_iter().flatten().flatten();
+    let names = pins.map(|pin| pin.file_name().to_string_lossy().into_owned());
+    names
+        .filter_map(|name| {
+            if let Some(program) = name.strip_prefix("cgroup-") {
+                return Some(HookStatus::new(program, String::new(), Ok(Attachment::Cgroup)));
+            }
+            let how = if clsact::Filter::of_pin(&name).is_some() { Attachment::Clsact } else { Attachment::Tcx };
+            let mut parts = name.split('-');
+            let (ifindex, direction) = (parts.next()?, parts.next()?);
+            let device = nix::net::if_::if_indextoname(ifindex.parse().ok()?).ok()?;
+            Some(HookStatus::new("", format!("{} {direction}", device.to_string_lossy()), Ok(how)))
+        })
+        .collect()
+}
+
 /// Forgets links and filters whose device has gone; returns how many.
 pub(crate) fn sweep(links: &Path) -> usize {
     let Ok(pins) = fs::read_dir(links) else { return 0 };

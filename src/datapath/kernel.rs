@@ -89,15 +89,19 @@ impl KernelMaps {
         let inner: Vec<(u32, u32)> = self.scan("maglev")?;
         let mut tables = Vec::with_capacity(inner.len());
         for (base, id) in inner {
-            let mut bytes = vec![0; MAGLEV_BYTES];
-            // Replaced since it was listed: the new one is in the next reading.
-            let Ok(fd) = sys::map_by_id(id) else { continue };
-            let fits = sys::map_info(fd.as_fd()).is_ok_and(|info| info.value as usize == MAGLEV_BYTES);
-            if fits && sys::lookup(fd.as_fd(), &[0; 4], &mut bytes).map_err(self.failed("maglev", "read"))? {
-                tables.push((base.to_ne_bytes().to_vec(), bytes));
-            }
+            tables.extend(self.inner(id)?.map(|bytes| (base.to_ne_bytes().to_vec(), bytes)));
         }
         Ok(tables)
+    }
+
+    /// The bytes of the Maglev table that is the map of this id.
+    fn inner(&self, id: u32) -> Result<Option<Vec<u8>>, MapError> {
+        let mut bytes = vec![0; MAGLEV_BYTES];
+        // Replaced since it was listed: the new one is in the next reading.
+        let Ok(fd) = sys::map_by_id(id) else { return Ok(None) };
+        let fits = sys::map_info(fd.as_fd()).is_ok_and(|info| info.value as usize == MAGLEV_BYTES);
+        let read = fits && sys::lookup(fd.as_fd(), &[0; 4], &mut bytes).map_err(self.failed("maglev", "read"))?;
+        Ok(read.then_some(bytes))
     }
 
     /// Writes a Maglev table: into the one that is there, else as a new one. A lookup that meets a table being
@@ -329,6 +333,15 @@ impl MapStore for KernelMaps {
             .scan(|key, value| all.push((key.to_vec(), value.to_vec())))
             .map_err(self.failed(name, "read"))?;
         Ok(all)
+    }
+
+    fn raw_get(&self, table: &str, key: &[u8]) -> Result<Option<Vec<u8>>, TableError> {
+        let name = table_name(table)?;
+        let found = self.table(name).get(key).map_err(self.failed(name, "read"))?;
+        match found.as_deref().and_then(from_bytes::<u32>) {
+            Some(id) if name == "maglev" => Ok(self.inner(id)?),
+            _ => Ok(found),
+        }
     }
 
     fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError> {

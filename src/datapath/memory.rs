@@ -222,6 +222,11 @@ impl MapStore for MemoryMaps {
         Ok(self.lock().get(name).into_iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
+    fn raw_get(&self, table: &str, key: &[u8]) -> Result<Option<Vec<u8>>, TableError> {
+        let name = table_name(table)?;
+        Ok(self.lock().get(name).and_then(|entries| entries.get(key)).cloned())
+    }
+
     fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError> {
         Ok(self.put(table_name(table)?, key, value.to_vec())?)
     }

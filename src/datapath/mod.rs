@@ -26,9 +26,10 @@ use kinesin_abi::{Addr, Be16, DeviceValue, Direction, DropCounter, DropReason, L
 use kinesin_core::plan::{Actual, Op};
 use serde::Serialize;
 
-pub use attach::{Attachment, DeviceHooks, HookStatus};
+pub use attach::{Attachment, DeviceHooks, HookStatus, pinned_hooks};
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
+pub(crate) use kernel::maglev_ids;
 pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
 pub use meaning::meaning_rows;
 pub use memory::MemoryMaps;
@@ -155,6 +156,8 @@ pub trait MapStore: Send + Sync + 'static {
     /// All elements of a table as bytes; values of per-CPU tables hold those of all CPUs, values of `maglev` are whole
     /// tables. For tests that tamper, and for migration.
     fn raw_entries(&self, table: &str) -> Result<Vec<RawEntry>, TableError>;
+    /// The value of one element, as [`Self::raw_entries`] has it; none where there is none.
+    fn raw_get(&self, table: &str, key: &[u8]) -> Result<Option<Vec<u8>>, TableError>;
     /// Writes an element, whatever it means.
     fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError>;
     /// Deletes an element, or zeroes it where the table is an array; returns whether there was one.

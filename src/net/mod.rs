@@ -9,6 +9,7 @@ pub mod garp;
 pub mod links;
 pub mod netns;
 pub mod proc;
+mod route;
 pub mod rtnl;
 pub mod sysctl;
 

@@ -69,6 +69,10 @@ impl Rtnl {
         netns.run(Self::open)?
     }
 
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     /// All devices, by index, with addresses and what their routes say.
     ///
     /// # Errors

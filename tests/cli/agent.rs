@@ -15,6 +15,7 @@ use kinesin::admin::views::{
 use kinesin::admin::{self, AdminSocket, Api, ApiError};
 use kinesin::config::{self, Inputs, ListenAddr};
 use kinesin_core::services::{BackendView, FrontendView};
+use kinesin_core::trace::{Member, Question, Step, Trace, Verdict, Way};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -174,6 +175,30 @@ impl Api for Sample {
             _ => Err(ApiError::NotFound(format!("no table {table}: see `kinesin dump`"))),
         };
         async { rows }.boxed()
+    }
+
+    fn trace(&self, question: Question) -> BoxFuture<'_, Result<Trace, ApiError>> {
+        let way = |chance, port: u16, local| Way {
+            chance,
+            backend: Some(Member {
+                id: u32::from(port),
+                address: ([10, 42, 0, 1], port).into(),
+                state: "active".into(),
+                local,
+            }),
+            steps: vec![],
+            verdict: Verdict::Connects { to: ([10, 42, 0, 1], port).into() },
+        };
+        let answer = match question.parse() {
+            Ok(written) if question.device == "gone" => Err(format!("--device: {:?}", written.device)),
+            Ok(_) => Ok(Trace {
+                packet: format!("{} -> {}", question.src, question.dst),
+                steps: vec![Step::NoFlow],
+                ways: vec![way(0.75, 8080, true), way(0.25, 8081, false)],
+            }),
+            Err(error) => Err(error.to_string()),
+        };
+        async { answer.map_err(ApiError::Invalid) }.boxed()
     }
 
     fn get<'a>(&'a self, kind: &'a str, name: Option<&'a str>) -> BoxFuture<'a, Result<Vec<Value>, ApiError>> {

@@ -1,0 +1,145 @@
+//! Connections, as `ebpf/programs/src/flows.rs` finds and opens them.
+
+use kinesin_abi::{
+    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, Settings, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
+    TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
+};
+
+use super::{FlowDirection, Port, Step, Tracer, Tuple, View};
+
+const SECOND: u64 = 1_000_000_000;
+/// As in the programs.
+const QUIET: u64 = 60 * SECOND;
+const ESTABLISHED: u64 = 8000 * SECOND;
+
+/// How many ports of the range are looked at to see whether any is free.
+const SAMPLES: u32 = 256;
+
+fn closed(tcp: u8) -> bool {
+    const BOTH: u8 = TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY;
+    tcp & TCP_SEEN_RST != 0 || tcp & BOTH == BOTH
+}
+
+fn partner_key(flow: &FlowValue, proto: u8) -> FlowKey {
+    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto, pad: [0; 3] }
+}
+
+fn seen(tcp: u8) -> Vec<String> {
+    let names =
+        [(TCP_SEEN_REPLY, "answered"), (TCP_SEEN_FIN, "fin"), (TCP_SEEN_FIN_REPLY, "fin-reply"), (TCP_SEEN_RST, "rst")];
+    names.into_iter().filter(|(bit, _)| tcp & bit != 0).map(|(_, name)| name.into()).collect()
+}
+
+/// What the entry says that its packets become.
+pub(super) fn tuple(flow: &FlowValue) -> Tuple {
+    Tuple { src: flow.src.into(), sport: Port::only(flow.sport.get()), dst: flow.dst.into(), dport: flow.dport.get() }
+}
+
+impl<V: View> Tracer<'_, V> {
+    /// The living entry of the packet's tuple; says what it finds.
+    pub(super) fn find_flow(&mut self) -> Result<Option<FlowValue>, V::Error> {
+        let Some(flow) = self.view.flow(&self.packet.key())? else {
+            self.say(Step::NoFlow);
+            return Ok(None);
+        };
+        let past = if self.packet.proto == proto::TCP {
+            closed(flow.tcp).then(|| "the connection is over, and a SYN begins another one".to_owned())
+        } else if flow.flags & FLOW_REPLY == 0 && !self.serves(&flow)? {
+            Some("its backend takes no packets any more".to_owned())
+        } else {
+            None
+        };
+        let direction = if flow.flags & FLOW_REPLY != 0 { FlowDirection::Reply } else { FlowDirection::Request };
+        let idle = self.view.now().saturating_sub(flow.last_seen) / SECOND;
+        let living = past.is_none();
+        self.say(Step::Flow {
+            direction,
+            becomes: tuple(&flow),
+            backend: flow.backend,
+            idle_seconds: idle,
+            seen: seen(flow.tcp),
+            past,
+        });
+        Ok(living.then_some(flow))
+    }
+
+    /// Whether the backend of a connectionless flow still takes packets.
+    fn serves(&self, flow: &FlowValue) -> Result<bool, V::Error> {
+        let takes = |backend: &Backend| {
+            backend.addr == flow.dst
+                && backend.port == flow.dport
+                && (backend.state == BackendState::Active as u8 || backend.state == BackendState::Terminating as u8)
+        };
+        Ok(self.view.backend(flow.backend)?.is_some_and(|backend| takes(&backend)))
+    }
+
+    /// The source port that a backend would see; none where no port is free. `redirect` says that the node's address
+    /// takes the client's place.
+    pub(super) fn source_port(
+        &self,
+        backend: &Backend,
+        source: Addr,
+        redirect: bool,
+    ) -> Result<Option<Port>, V::Error> {
+        let client = self.packet.key();
+        let (min, span) = range(&self.view.settings()?);
+        let own = u32::from(self.packet.sport);
+        let own_fits = !redirect || (own >= min && own - min < span);
+        // The entry of the backend's direction by which its answers are found, and what it would say.
+        let key = |port: u16| FlowKey {
+            src: backend.addr,
+            dst: source,
+            sport: backend.port,
+            dport: Be16::new(port),
+            proto: client.proto,
+            pad: [0; 3],
+        };
+        let free = |port: u16, pressed: bool| -> Result<bool, V::Error> {
+            let Some(holder) = self.view.flow(&key(port))? else { return Ok(true) };
+            let same = (holder.src, holder.dst, holder.sport, holder.dport)
+                == (client.dst, client.src, client.dport, client.sport);
+            Ok(same || self.abandoned(&holder, pressed)?)
+        };
+        if own_fits && free(self.packet.sport, false)? {
+            return Ok(Some(Port::only(self.packet.sport)));
+        }
+        if span == 0 {
+            let taken = own_fits && free(self.packet.sport, true)?;
+            return Ok(taken.then(|| Port::only(self.packet.sport)));
+        }
+        let all = Port { first: min as u16, last: (min + span - 1) as u16 };
+        let step = span.div_ceil(SAMPLES);
+        for port in (min..min + span).step_by(step as usize) {
+            if free(port as u16, true)? {
+                return Ok(Some(all));
+            }
+        }
+        // Of a larger range only some were looked at.
+        Ok((step > 1).then_some(all))
+    }
+
+    /// Whether the connection of a reply entry is over, or has been silent for longer than it may.
+    fn abandoned(&self, reply: &FlowValue, pressed: bool) -> Result<bool, V::Error> {
+        let over = closed(reply.tcp);
+        if over && pressed {
+            return Ok(true);
+        }
+        let tcp = self.packet.proto == proto::TCP;
+        let quiet = if tcp && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
+        let silent = |last: u64| self.view.now().saturating_sub(last) > quiet;
+        if !silent(reply.last_seen) {
+            return Ok(false);
+        }
+        let forward = self.view.flow(&partner_key(reply, self.packet.proto))?;
+        Ok(forward.is_none_or(|forward| silent(forward.last_seen)))
+    }
+}
+
+/// First port for translation, and how many there are.
+fn range(settings: &Settings) -> (u32, u32) {
+    if settings.snat_max >= settings.snat_min && settings.snat_min != 0 {
+        (settings.snat_min.into(), u32::from(settings.snat_max) - u32::from(settings.snat_min) + 1)
+    } else {
+        (0, 0)
+    }
+}

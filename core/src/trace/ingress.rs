@@ -1,0 +1,261 @@
+//! tc ingress of a device: `ingress.rs` of the programs, told.
+
+use std::net::IpAddr;
+
+use kinesin_abi::{
+    BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey, FrontendValue,
+    L2Key, SETTING_REJECT_NO_BACKEND, Settings, frontend_flags, proto,
+};
+
+use super::flows::tuple;
+use super::route::Fib;
+use super::select::{Candidate, member};
+use super::{Attached, Hook, Neighbour, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
+
+impl<V: View> Tracer<'_, V> {
+    /// A packet that comes in by a device.
+    pub(super) fn ingress(&mut self, ifindex: u32) -> Result<Vec<Way>, V::Error> {
+        let name = self.view.device_name(ifindex);
+        let device = self.view.device(ifindex)?;
+        let ethernet = device.is_none_or(|device| device.flags & DEVICE_ETHERNET != 0);
+        let program = if ethernet { "cil_from_netdev" } else { "cil_from_l3dev" };
+        match self.view.attached(Hook::Ingress(ifindex))? {
+            Attached::Yes(how) => self.hook(program, format!("{how} ingress of {name}"), ""),
+            Attached::No(why) => {
+                self.hook(program, format!("ingress of {name}"), &format!("not attached: {why}"));
+                return Ok(sure(Verdict::pass(format!("no program of ours is on {name}"))));
+            }
+        }
+        if ethernet {
+            self.neighbour(ifindex, name)?;
+        }
+        if self.packet.dst.is_ipv6() {
+            return Ok(sure(Verdict::pass("IPv6 packets are left to the host's stack")));
+        }
+        match self.packet.proto {
+            proto::ICMP => self.echo_request(ifindex),
+            proto::TCP | proto::UDP => self.ported(ifindex),
+            _ if self.claimed()?.is_some() => Ok(sure(Verdict::dropped(DropReason::UnknownL4))),
+            _ => Ok(sure(Verdict::pass("the destination is none of our addresses"))),
+        }
+    }
+
+    pub(super) fn hook(&mut self, program: &str, place: String, note: &str) {
+        self.say(Step::Hook { program: program.into(), place, note: note.into() });
+    }
+
+    /// Who answers neighbours for the destination.
+    fn neighbour(&mut self, ifindex: u32, device: String) -> Result<(), V::Error> {
+        let address = self.packet.dst;
+        let answers = if self.announces(ifindex)? {
+            let Settings { alive_at, alive_for, .. } = self.view.settings()?;
+            let alive = alive_at != 0 && self.view.now().saturating_sub(alive_at) <= alive_for;
+            if alive { Neighbour::Program } else { Neighbour::SilentWithoutAgent }
+        } else if self.own_address(ifindex)? {
+            Neighbour::Host
+        } else {
+            Neighbour::NotThisNode
+        };
+        self.say(Step::Neighbour { address, device, answers });
+        Ok(())
+    }
+
+    pub(super) fn announces(&self, ifindex: u32) -> Result<bool, V::Error> {
+        self.view.announced(&L2Key { addr: self.packet.dst(), ifindex })
+    }
+
+    /// Whether the destination is the device's own address.
+    pub(super) fn own_address(&self, ifindex: u32) -> Result<bool, V::Error> {
+        let dst = self.packet.dst();
+        Ok(self.view.device(ifindex)?.is_some_and(|device| {
+            if dst.is_v4() { device.ipv4 == dst.v4_raw() } else { device.ipv6 == dst && !dst.is_unspecified() }
+        }))
+    }
+
+    /// The wildcard of the destination, by which all of its ports are ours.
+    pub(super) fn claimed(&self) -> Result<Option<FrontendValue>, V::Error> {
+        self.view.frontend(&self.frontend_key(Be16::new(0), proto::ANY))
+    }
+
+    pub(super) fn frontend_key(&self, port: Be16, proto: u8) -> FrontendKey {
+        FrontendKey { addr: self.packet.dst(), port, proto, pad: 0 }
+    }
+
+    /// TCP or UDP.
+    fn ported(&mut self, ifindex: u32) -> Result<Vec<Way>, V::Error> {
+        if let Some(flow) = self.find_flow()? {
+            return self.follow(ifindex, &flow);
+        }
+        let exact = self.frontend_key(Be16::new(self.packet.dport), self.packet.proto);
+        if let Some(frontend) = self.view.frontend(&exact)? {
+            self.frontend_step(&exact, "exact", &frontend, true);
+            return self.begin(ifindex, &frontend);
+        }
+        let any = self.frontend_key(Be16::new(0), proto::ANY);
+        if let Some(frontend) = self.view.frontend(&any)? {
+            self.frontend_step(&any, "wildcard", &frontend, true);
+            return Ok(sure(Verdict::dropped(DropReason::NoBackend)));
+        }
+        self.say(Step::NoFrontend { tried: vec![text::frontend(&exact), text::frontend(&any)] });
+        Ok(sure(Verdict::pass("the destination is no service")))
+    }
+
+    pub(super) fn frontend_step(&mut self, key: &FrontendKey, by: &str, frontend: &FrontendValue, external: bool) {
+        let (set, local) = if external {
+            (frontend.external, frontend_flags::EXTERNAL_LOCAL)
+        } else {
+            (frontend.internal, frontend_flags::INTERNAL_LOCAL)
+        };
+        self.say(Step::Frontend {
+            key: text::frontend(key),
+            by: by.into(),
+            kind: text::kind(frontend.flags).into(),
+            service: self.view.service_name(key),
+            id: frontend.service,
+            scope: if external { "external" } else { "internal" }.into(),
+            policy: if frontend.flags & local != 0 { "Local" } else { "Cluster" }.into(),
+            backends: set.count,
+        });
+    }
+
+    /// A packet of a known connection.
+    fn follow(&mut self, ifindex: u32, flow: &FlowValue) -> Result<Vec<Way>, V::Error> {
+        let redirect = flow.flags & FLOW_REDIRECT != 0;
+        if !redirect && flow.flags & FLOW_REPLY != 0 {
+            return Ok(sure(Verdict::pass("answers of a local backend leave by egress; nobody out here may send one")));
+        }
+        let to = tuple(flow);
+        if !redirect {
+            let step = self.stack_step(to.dst)?;
+            self.say(step);
+            return Ok(sure(Verdict::Translated(to)));
+        }
+        let (step, verdict) = self.send(ifindex, to)?;
+        self.say(step);
+        Ok(sure(verdict))
+    }
+
+    /// The first packet of a connection to one of our frontends.
+    fn begin(&mut self, ifindex: u32, frontend: &FrontendValue) -> Result<Vec<Way>, V::Error> {
+        let drop = |reason| Ok(sure(Verdict::dropped(reason)));
+        if frontend.flags & frontend_flags::WILDCARD != 0 {
+            return drop(DropReason::NoBackend);
+        }
+        if frontend.flags & frontend_flags::ROUTABLE == 0 {
+            return drop(DropReason::IsClusterIp);
+        }
+        if frontend.flags & frontend_flags::SOURCE_RANGES != 0 && !self.serves_client(frontend)? {
+            return drop(DropReason::SourceRange);
+        }
+        if frontend.external.count == 0 {
+            return self.refuse();
+        }
+        let candidates = self.choose(frontend)?;
+        let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
+        let mut ways = Vec::with_capacity(candidates.len());
+        for candidate in candidates {
+            ways.push(self.to_backend(ifindex, candidate)?);
+        }
+        if left > 1e-9 {
+            let verdict = Verdict::dropped(DropReason::NoBackend);
+            ways.push(Way { chance: left, backend: None, steps: Vec::new(), verdict });
+        }
+        Ok(ways)
+    }
+
+    /// No backend: dropped, and the client is told where the settings and its address allow.
+    fn refuse(&self) -> Result<Vec<Way>, V::Error> {
+        let asked = self.view.settings()?.flags & SETTING_REJECT_NO_BACKEND != 0;
+        let told = (asked && unicast(self.packet.src)).then(|| "ICMP port unreachable".to_owned());
+        let reason = DropReason::NoBackend;
+        Ok(sure(Verdict::Dropped { reason: reason.text().into(), number: reason as u8, told }))
+    }
+
+    fn to_backend(&self, ifindex: u32, (chance, id, backend): Candidate) -> Result<Way, V::Error> {
+        let mut steps = vec![Step::Backend(member(id, &backend))];
+        let verdict = self.deliver(ifindex, &backend, &mut steps)?;
+        Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict })
+    }
+
+    fn deliver(
+        &self,
+        ifindex: u32,
+        backend: &kinesin_abi::Backend,
+        steps: &mut Vec<Step>,
+    ) -> Result<Verdict, V::Error> {
+        let dst = IpAddr::from(backend.addr);
+        let client = self.packet.src.unwrap_or(self.packet.dst);
+        if backend.flags & BACKEND_LOCAL != 0 {
+            let Some(sport) = self.source_port(backend, self.packet.src(), false)? else {
+                return Ok(Verdict::dropped(DropReason::NoNatMapping));
+            };
+            let why = "the backend is on this node".to_owned();
+            steps.push(Step::Source { address: client, kept: true, port: sport, why });
+            steps.push(self.stack_step(dst)?);
+            return Ok(Verdict::Translated(Tuple { src: client, sport, dst, dport: backend.port.get() }));
+        }
+        let egress = match self.fib(ifindex, client, dst)? {
+            Fib::Hop(hop) => {
+                steps.push(self.hop_step(dst, &hop));
+                hop.ifindex
+            }
+            Fib::Back(ifindex) => {
+                steps.push(self.back_step(dst, ifindex));
+                ifindex
+            }
+            Fib::None(why) => {
+                steps.push(Step::NoRoute { to: dst, why });
+                return Ok(Verdict::dropped(DropReason::FibLookupFailed));
+            }
+        };
+        let Some((device, source)) = self.source_address(egress, ifindex)? else {
+            return Ok(Verdict::dropped(DropReason::NoNatMapping));
+        };
+        let Some(sport) = self.source_port(backend, source.into(), true)? else {
+            return Ok(Verdict::dropped(DropReason::NoNatMapping));
+        };
+        let why = format!("the backend is on another node and answers the address of {device}");
+        steps.push(Step::Source { address: source, kept: false, port: sport, why });
+        let tuple = Tuple { src: source, sport, dst, dport: backend.port.get() };
+        Ok(Verdict::Sent { tuple, device: self.view.device_name(egress) })
+    }
+
+    /// The node's address for connections that leave by one device and came in by another, and whose it is.
+    fn source_address(&self, egress: u32, ingress: u32) -> Result<Option<(String, IpAddr)>, V::Error> {
+        for ifindex in [egress, ingress] {
+            let ipv4 = self.view.device(ifindex)?.map_or(0, |device| device.ipv4);
+            if ipv4 != 0 {
+                let address = IpAddr::from(kinesin_abi::Addr::from_v4_raw(ipv4));
+                return Ok(Some((self.view.device_name(ifindex), address)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Out of a device, past the host's stack.
+    fn send(&self, ifindex: u32, tuple: Tuple) -> Result<(Step, Verdict), V::Error> {
+        Ok(match self.fib(ifindex, tuple.src, tuple.dst)? {
+            Fib::Hop(hop) => {
+                let device = self.view.device_name(hop.ifindex);
+                (self.hop_step(tuple.dst, &hop), Verdict::Sent { tuple, device })
+            }
+            Fib::Back(ifindex) => {
+                let device = self.view.device_name(ifindex);
+                (self.back_step(tuple.dst, ifindex), Verdict::Sent { tuple, device })
+            }
+            Fib::None(why) => (Step::NoRoute { to: tuple.dst, why }, Verdict::dropped(DropReason::FibLookupFailed)),
+        })
+    }
+}
+
+/// Whether an answer may be sent to the address (RFC 1122 section 3.2.2).
+pub(super) fn unicast(src: Option<IpAddr>) -> bool {
+    match src {
+        Some(IpAddr::V4(v4)) => {
+            let [first, ..] = v4.octets();
+            first != 0 && first != 127 && first < 224
+        }
+        Some(IpAddr::V6(v6)) => !v6.is_unspecified() && !v6.is_loopback() && !v6.is_multicast(),
+        None => false,
+    }
+}

@@ -1,0 +1,89 @@
+//! The kernel's routing tables as `bpf_fib_lookup` consults them.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Step, Tracer, View};
+
+/// What is asked of the routing tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouteQuery {
+    /// Where to.
+    pub dst: IpAddr,
+    /// From whom, where that is known.
+    pub src: Option<IpAddr>,
+    /// The device that the packet came in by; none for the node's own.
+    pub ingress: Option<u32>,
+}
+
+/// The way to an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hop {
+    /// The address is this node's own.
+    pub local: bool,
+    /// The device that it leaves by.
+    pub ifindex: u32,
+    /// The next hop; none where the destination is on the link.
+    pub via: Option<IpAddr>,
+    /// The source address that the node itself would use.
+    pub source: Option<IpAddr>,
+    /// The next hop's MAC, where it is known.
+    pub mac: Option<[u8; 6]>,
+    /// State of the neighbour entry, or `none`.
+    pub neighbour: String,
+}
+
+/// What `bpf_fib_lookup` says.
+pub(super) enum Fib {
+    /// This way.
+    Hop(Hop),
+    /// The device does not forward: back out of it, as the programs decide.
+    Back(u32),
+    /// No way.
+    None(String),
+}
+
+impl<V: View> Tracer<'_, V> {
+    /// What the programs' own lookup finds.
+    pub(super) fn fib(&self, ingress: u32, src: IpAddr, dst: IpAddr) -> Result<Fib, V::Error> {
+        if !self.view.forwards(ingress, dst.is_ipv4())? {
+            return Ok(Fib::Back(ingress));
+        }
+        let query = RouteQuery { dst, src: Some(src), ingress: Some(ingress) };
+        Ok(match self.view.route(&query)? {
+            Ok(hop) if hop.local => Fib::None(format!("{dst} is an address of this node")),
+            Ok(hop) => Fib::Hop(hop),
+            Err(why) => Fib::None(why),
+        })
+    }
+
+    pub(super) fn hop_step(&self, to: IpAddr, hop: &Hop) -> Step {
+        Step::Route {
+            to,
+            device: self.view.device_name(hop.ifindex),
+            via: hop.via,
+            mac: hop.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+            neighbour: hop.neighbour.clone(),
+        }
+    }
+
+    /// The way that a device which forwards nothing has to its own LAN.
+    pub(super) fn back_step(&self, to: IpAddr, ifindex: u32) -> Step {
+        Step::Route {
+            to,
+            device: self.view.device_name(ifindex),
+            via: None,
+            mac: None,
+            neighbour: "asked of the kernel when it is sent, as the device does not forward".into(),
+        }
+    }
+
+    /// The way that the host's stack has, for a packet that it goes on with.
+    pub(super) fn stack_step(&self, to: IpAddr) -> Result<Step, V::Error> {
+        Ok(match self.view.route(&RouteQuery { dst: to, src: None, ingress: None })? {
+            Ok(hop) => self.hop_step(to, &hop),
+            Err(why) => Step::NoRoute { to, why },
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Sockets of the node and its pods: `sock.rs` of the programs, told.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use kinesin_abi::{AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, frontend_flags, proto};
+
+use super::select::{Candidate, member};
+use super::{Attached, Hook, Step, Tracer, Verdict, View, Way, text};
+
+impl<V: View> Tracer<'_, V> {
+    /// A socket that connects, or sends without having connected.
+    pub(super) fn socket(&mut self, netns: Option<u64>, host: bool) -> Result<Vec<Way>, V::Error> {
+        if self.answers_a_client()? {
+            self.hook("cil_sock4_connect", "cgroup".into(), "not asked: the packet answers a client that is known");
+            return self.leave();
+        }
+        let v6 = self.packet.dst.is_ipv6();
+        let program = match (v6, self.packet.proto) {
+            (false, proto::UDP) => "cil_sock4_connect, cil_sock4_sendmsg",
+            (false, _) => "cil_sock4_connect",
+            (true, proto::UDP) => "cil_sock6_connect, cil_sock6_sendmsg",
+            (true, _) => "cil_sock6_connect",
+        };
+        let whose = if host { "a process of this node" } else { "a pod of this node" };
+        match self.view.attached(Hook::Socket { v6 })? {
+            Attached::Yes(how) => self.hook(program, format!("{how} of {whose}"), ""),
+            Attached::No(why) => {
+                self.hook(program, whose.into(), &format!("not attached: {why}"));
+                return self.leave();
+            }
+        }
+        if !matches!(self.packet.proto, proto::TCP | proto::UDP) || v6 {
+            return self.leave();
+        }
+        let Some((key, by, frontend)) = self.socket_frontend()? else { return self.leave() };
+        self.frontend_step(&key, by, &frontend, false);
+        let candidates = self.choose_for_socket(&frontend, netns)?;
+        let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
+        let mut ways = Vec::with_capacity(candidates.len());
+        for candidate in candidates {
+            ways.push(self.connects(candidate)?);
+        }
+        if left > 1e-9 {
+            let verdict = Verdict::Denied { errno: "EPERM".into() };
+            ways.push(Way { chance: left, backend: None, steps: Vec::new(), verdict });
+        }
+        Ok(ways)
+    }
+
+    /// Whether the tuple is that of a local backend which answers: such packets come from a socket that was accepted.
+    fn answers_a_client(&self) -> Result<bool, V::Error> {
+        if self.packet.src.is_none() {
+            return Ok(false);
+        }
+        Ok(self.view.flow(&self.packet.key())?.is_some_and(|flow| flow.flags & FLOW_REPLY != 0))
+    }
+
+    /// The frontend of a socket's destination. Loopback addresses lead to NodePorts; wildcards do not concern sockets.
+    fn socket_frontend(&mut self) -> Result<Option<(FrontendKey, &'static str, FrontendValue)>, V::Error> {
+        let exact = self.frontend_key(Be16::new(self.packet.dport), self.packet.proto);
+        let found = self.view.frontend(&exact)?;
+        let mut tried = vec![text::frontend(&exact)];
+        if let Some(frontend) = found {
+            if frontend.flags & frontend_flags::WILDCARD == 0 {
+                return Ok(Some((exact, "exact", frontend)));
+            }
+        } else if self.packet.dst.is_loopback() {
+            let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+            let key = FrontendKey { addr: any.into(), ..exact };
+            tried.push(text::frontend(&key));
+            if let Some(frontend) = self.view.frontend(&key)? {
+                let kind = frontend.flags & frontend_flags::KIND;
+                if kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32 {
+                    return Ok(Some((key, "any-local-address", frontend)));
+                }
+            }
+        }
+        self.say(Step::NoFrontend { tried });
+        Ok(None)
+    }
+
+    fn choose_for_socket(&mut self, frontend: &FrontendValue, netns: Option<u64>) -> Result<Vec<Candidate>, V::Error> {
+        if frontend.flags & frontend_flags::AFFINITY != 0 {
+            let key = netns.map(|cookie| AffinityKey::of_netns(cookie, frontend.service));
+            let client = netns.map_or_else(|| "its network namespace".into(), |cookie| format!("netns {cookie:#x}"));
+            if let Some(bound) = self.recall(frontend, frontend.internal, key, client)? {
+                return Ok(vec![bound]);
+            }
+        }
+        self.random(frontend.internal)
+    }
+
+    fn connects(&self, (chance, id, backend): Candidate) -> Result<Way, V::Error> {
+        let chosen = member(id, &backend);
+        let to = chosen.address;
+        let steps = vec![Step::Backend(chosen.clone()), self.stack_step(to.ip())?];
+        Ok(Way { chance, backend: Some(chosen), steps, verdict: Verdict::Connects { to } })
+    }
+}
