@@ -3,8 +3,6 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
@@ -21,8 +19,8 @@ pub const SERVICE_NAME_LABEL: &str = "io.kubernetes.service.name";
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelSelector {
     /// Labels with exactly these values.
-    #[serde(deserialize_with = "null_default", skip_serializing_if = "BTreeMap::is_empty")]
-    #[cfg_attr(feature = "schema", schemars(with = "BTreeMap<String, String>"))]
+    #[serde(deserialize_with = "null_default", skip_serializing_if = "StringMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "std::collections::BTreeMap<String, String>"))]
     pub match_labels: StringMap,
     /// Set-based requirements.
     #[serde(deserialize_with = "null_default", skip_serializing_if = "Vec::is_empty")]

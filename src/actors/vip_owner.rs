@@ -11,10 +11,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use kinesin_abi::BackendState;
+use kinesin_abi::{BackendState, FrontendKind};
 use kinesin_core::objects::{Condition, L2Policy, Node, ObjectKey, Service};
 use kinesin_core::ownership::{DeviceId, Effect, Input, Ownership, Placement, Vip};
-use kinesin_core::services::{Compiled, ServiceKey};
+use kinesin_core::services::{Compiled, Frontend, ServiceKey};
 use metrics::gauge;
 use smol_str::SmolStr;
 use tokio::sync::oneshot;
@@ -266,15 +266,19 @@ fn by_address(keys: Vec<(IpAddr, u32)>) -> BTreeMap<IpAddr, BTreeSet<u32>> {
     held
 }
 
-/// Where a Service's ready backends are.
+/// Where a Service's ready backends are; of one that is at no address that could be announced, nothing: most have none.
 fn placement(compiled: &Compiled) -> Placement {
+    let outside = |frontend: &Frontend| matches!(frontend.kind, FrontendKind::LoadBalancer | FrontendKind::ExternalIps);
+    if !compiled.frontends.iter().any(outside) {
+        return Placement::default();
+    }
     let backends = compiled.sets.iter().flat_map(|set| set.backends.iter());
     let mut placement = Placement::default();
     for backend in backends.filter(|backend| backend.state == BackendState::Active) {
         if backend.node.is_empty() {
             placement.anywhere = true;
         } else {
-            placement.nodes.insert(backend.node.clone());
+            placement.nodes.insert(SmolStr::from(&backend.node));
         }
     }
     placement

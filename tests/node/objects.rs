@@ -42,14 +42,14 @@ async fn the_labs_manifests_are_a_service_with_all_pods_and_the_guides_pool_as_i
         slice.ports.iter().map(|p| &p.name).collect::<Vec<_>>(),
         service.spec.ports.iter().map(|p| &p.name).collect::<Vec<_>>()
     );
-    let found: Vec<String> = slice.endpoints.iter().map(|e| e.addresses[0].to_string()).collect();
+    let found: Vec<String> = slice.endpoints.iter().map(|e| e.address.to_string()).collect();
     let pods: Vec<String> = lab.pods().iter().map(|pod| pod.address().to_string()).collect();
     assert_eq!(found, pods);
 
     manifests::write_endpoints(&lab, &["node-1"]).unwrap();
     let slice = read::<EndpointSlice>(&file("endpoints.yaml")).remove(0);
     assert_eq!(slice.endpoints.len(), 4);
-    assert!(slice.endpoints.iter().all(|e| e.node_name.as_deref() != Some("node-1")));
+    assert!(slice.endpoints.iter().all(|e| e.node_name != "node-1"));
 
     manifests::write_endpoints(&lab, &["node-1", "node-2", "node-3"]).unwrap();
     let slice = read::<EndpointSlice>(&file("endpoints.yaml")).remove(0);

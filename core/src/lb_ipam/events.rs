@@ -13,7 +13,7 @@ use crate::objects::{Object, ObjectKey, Pool, Service};
 
 impl Allocator {
     pub(super) fn pool_upserted(&mut self, pool: Arc<Pool>) {
-        let name = pool.key().name;
+        let name = pool.metadata.name.clone();
         let before = self.pools.get(&name).map(|state| Arc::clone(&state.pool));
         if before.as_ref().is_some_and(|old| old == &pool) {
             return;
@@ -90,11 +90,12 @@ impl Allocator {
                 }
                 false
             }
+            // Most Services are nothing to us, and nothing is kept of them.
+            None if !request.handled && !has_condition => return,
             None => {
                 self.matching += usize::from(request.handled);
-                let ours = request.handled || has_condition;
                 let (held, given_up, condition, emitted) = (Vec::new(), Vec::new(), None, None);
-                let entry = Entry { service, request, held, given_up, condition, ours, emitted };
+                let entry = Entry { service, request, held, given_up, condition, ours: true, emitted };
                 self.services.insert(key.clone(), entry);
                 true
             }

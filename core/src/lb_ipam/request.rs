@@ -18,7 +18,7 @@ const CROSS_NAMESPACE: [&str; 2] =
     ["lbipam.cilium.io/sharing-cross-namespace", "io.cilium/lb-ipam-sharing-cross-namespace"];
 
 fn annotation<'a>(annotations: &'a StringMap, names: [&str; 2]) -> Option<&'a str> {
-    names.iter().find_map(|name| annotations.get(*name)).map(SmolStr::as_str)
+    names.iter().find_map(|name| annotations.get(name)).map(SmolStr::as_str)
 }
 
 /// A Service's wishes, read once per change of the Service.

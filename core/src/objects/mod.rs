@@ -6,32 +6,35 @@
 mod endpoint_slice;
 mod l2_policy;
 mod lease;
+mod name;
 mod node;
 mod pool;
 mod service;
+mod string_map;
 #[cfg(test)]
 mod tests;
 
 pub use endpoint_slice::{
-    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForName, SERVICE_NAME_LABEL,
+    Endpoint, EndpointAddress, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForName,
+    SERVICE_NAME_LABEL,
 };
 pub use l2_policy::{L2Policy, L2PolicySpec, L2PolicyStatus};
 pub use lease::{Lease, LeaseSpec};
+pub use name::Name;
 pub use node::{Node, NodeAddress, NodeSpec, NodeStatus, Taint};
 pub use pool::{Pool, PoolBlock, PoolSpec, PoolStatus, YesNo};
 pub use service::{
     Affinity, ClientIpConfig, IngressEntry, LoadBalancerStatus, Service, ServicePort, ServiceSpec, ServiceStatus,
     ServiceType, SessionAffinityConfig, TargetPort, TrafficPolicy,
 };
+pub use string_map::StringMap;
 
-use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
-
-/// Labels or annotations.
-pub type StringMap = BTreeMap<SmolStr, SmolStr>;
 
 /// The parts of `metadata` that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,9 +46,6 @@ pub struct Meta {
     /// `metadata.namespace`; empty for cluster-scoped objects, also when a manifest carries one.
     #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub namespace: SmolStr,
-    /// `metadata.uid`
-    #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
-    pub uid: SmolStr,
     /// `metadata.resourceVersion`
     #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub resource_version: SmolStr,
@@ -59,10 +59,10 @@ pub struct Meta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deletion_timestamp: Option<SmolStr>,
     /// `metadata.labels`
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "StringMap::is_empty", deserialize_with = "null_default")]
     pub labels: StringMap,
     /// `metadata.annotations`, without the ones that only tools read.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "StringMap::is_empty", deserialize_with = "null_default")]
     pub annotations: StringMap,
 }
 
@@ -79,9 +79,25 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Namespace and name.
+/// [`null_default`] for lists, which are kept without spare room: reading one leaves room for four elements at least.
+pub fn short_list<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let mut list: Vec<T> = Option::deserialize(deserializer)?.unwrap_or_default();
+    list.shrink_to_fit();
+    Ok(list)
+}
+
+/// Namespace and name, as a pointer: tables, indexes and plans hold the same key many times.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
-pub struct ObjectKey {
+#[serde(transparent)]
+pub struct ObjectKey(Arc<KeyParts>);
+
+/// What an [`ObjectKey`] consists of.
+#[derive(PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub struct KeyParts {
     /// Empty for cluster-scoped objects.
     pub namespace: SmolStr,
     /// The object's name.
@@ -91,7 +107,15 @@ pub struct ObjectKey {
 impl ObjectKey {
     /// A key from its two parts.
     pub fn new(namespace: impl Into<SmolStr>, name: impl Into<SmolStr>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self(Arc::new(KeyParts { namespace: namespace.into(), name: name.into() }))
+    }
+}
+
+impl Deref for ObjectKey {
+    type Target = KeyParts;
+
+    fn deref(&self) -> &KeyParts {
+        &self.0
     }
 }
 
@@ -130,7 +154,7 @@ pub trait Object: Clone + fmt::Debug + PartialEq + Send + Sync + 'static {
     /// Identity of the object among its kind.
     fn key(&self) -> ObjectKey {
         let meta = self.meta();
-        ObjectKey { namespace: meta.namespace.clone(), name: meta.name.clone() }
+        ObjectKey::new(meta.namespace.clone(), meta.name.clone())
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::{Condition, Meta, StringMap, null_default, object};
+use super::{Condition, Meta, StringMap, null_default, object, short_list};
 
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,10 +34,10 @@ pub struct ServiceSpec {
     #[serde(rename = "clusterIP", skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub cluster_ip: SmolStr,
     /// `spec.clusterIPs`
-    #[serde(rename = "clusterIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(rename = "clusterIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub cluster_ips: Vec<SmolStr>,
     /// `spec.externalIPs`
-    #[serde(rename = "externalIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(rename = "externalIPs", skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub external_ips: Vec<SmolStr>,
     /// `spec.loadBalancerIP`
     #[serde(rename = "loadBalancerIP", skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
@@ -46,16 +46,16 @@ pub struct ServiceSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load_balancer_class: Option<SmolStr>,
     /// `spec.loadBalancerSourceRanges`
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub load_balancer_source_ranges: Vec<SmolStr>,
     /// `spec.ipFamilies`: `IPv4`, `IPv6`
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub ip_families: Vec<SmolStr>,
     /// `spec.ipFamilyPolicy`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip_family_policy: Option<SmolStr>,
     /// `spec.ports`
-    #[serde(deserialize_with = "null_default")]
+    #[serde(deserialize_with = "short_list")]
     pub ports: Vec<ServicePort>,
     /// `spec.selector`
     #[serde(skip_serializing_if = "StringMap::is_empty", deserialize_with = "null_default")]
@@ -185,7 +185,7 @@ pub struct ServiceStatus {
     #[serde(deserialize_with = "null_default")]
     pub load_balancer: LoadBalancerStatus,
     /// `status.conditions`
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub conditions: Vec<Condition>,
 }
 
@@ -194,7 +194,7 @@ pub struct ServiceStatus {
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
     /// `ingress`
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "null_default")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "short_list")]
     pub ingress: Vec<IngressEntry>,
 }
 

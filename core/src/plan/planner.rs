@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use kinesin_abi::{Backend, FrontendKey, FrontendValue, MAGLEV_TABLE_SIZE, frontend_flags};
 
@@ -104,9 +103,9 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Planner {
     pub(super) image: Image,
-    pub(super) services: HashMap<Arc<ServiceKey>, Record>,
+    pub(super) services: HashMap<ServiceKey, Box<Record>>,
     /// Who waits for a frontend, first come first.
-    pub(super) waiting: HashMap<FrontendKey, Vec<Arc<ServiceKey>>>,
+    pub(super) waiting: HashMap<FrontendKey, Vec<ServiceKey>>,
     /// Ids of service ports in use.
     pub(super) ids: HashSet<u32>,
     /// Ids that adopted frontends carry, until the prune.
@@ -250,7 +249,7 @@ impl Planner {
 
     /// Who has a frontend; nobody for wildcards and unclaimed ones.
     pub fn service_of(&self, frontend: &FrontendKey) -> Option<&ServiceKey> {
-        self.image.frontends.get(frontend)?.owner.as_deref()
+        self.image.frontends.get(frontend)?.owner.as_ref()
     }
 
     /// What of a service could not be programmed, each with the reason and the fix.

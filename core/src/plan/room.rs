@@ -98,7 +98,7 @@ impl Planner {
         let new: usize = ports
             .into_iter()
             .map(|port| {
-                let id = record.ids.get(port).copied().or_else(|| {
+                let id = record.id(port).or_else(|| {
                     let mut mine = mine.iter().filter(|wanted| wanted.port == *port);
                     mine.find_map(|wanted| self.adopted_id(&wanted.key))
                 });

@@ -18,8 +18,8 @@ use crate::services::{BackendRef, Compiled, ServiceKey};
 /// What the planner remembers of a service.
 #[derive(Debug, Default)]
 pub(super) struct Record {
-    /// Id of each port, by name and protocol.
-    pub(super) ids: BTreeMap<(SmolStr, u8), u32>,
+    /// Id of each port, in order of name and protocol. A tree's smallest node has room for eleven.
+    ids: Vec<(Port, u32)>,
     /// Claimed backends with the state that this service gives them.
     pub(super) claims: Vec<Claim>,
     /// Frontends that it has.
@@ -36,12 +36,22 @@ pub(super) struct Record {
     pub(super) short: Option<PlanError>,
 }
 
+/// Name and protocol.
+type Port = (SmolStr, u8);
+
+impl Record {
+    /// The id of a port.
+    pub(super) fn id(&self, port: &Port) -> Option<u32> {
+        self.ids.iter().find(|(known, _)| known == port).map(|(_, id)| *id)
+    }
+}
+
 /// One frontend that a service wants.
 pub(super) struct Wanted {
     pub(super) key: FrontendKey,
     pub(super) flags: u32,
     pub(super) affinity: u32,
-    pub(super) port: (SmolStr, u8),
+    pub(super) port: Port,
     pub(super) sets: [Option<usize>; 2],
 }
 
@@ -70,7 +80,7 @@ impl Planner {
         compiled: &Compiled,
         ops: &mut Vec<Op>,
     ) -> Result<Vec<FrontendKey>, PlanError> {
-        let me = self.services.get_key_value(key).map_or_else(|| Arc::new(key.clone()), |(me, _)| me.clone());
+        let me = self.services.get_key_value(key).map_or_else(|| key.clone(), |(me, _)| me.clone());
         let mut record = self.services.remove(key).unwrap_or_default();
         let planned = self.plan(&me, &mut record, compiled);
         if record.owned.is_empty() && record.wildcards.is_empty() && record.waiting.is_empty() {
@@ -85,7 +95,7 @@ impl Planner {
 
     fn plan(
         &mut self,
-        me: &Arc<ServiceKey>,
+        me: &ServiceKey,
         record: &mut Record,
         compiled: &Compiled,
     ) -> Result<(Stages, Vec<FrontendKey>), PlanError> {
@@ -158,7 +168,7 @@ impl Planner {
                 self.image.put_table(*base, &mut stages);
             }
         }
-        let old_ports: Vec<u32> = record.ids.values().copied().collect();
+        let old_ports: Vec<u32> = record.ids.iter().map(|(_, id)| *id).collect();
         self.number_ports(record, &mine);
         for id in old_ports.into_iter().filter(|id| !self.ids.contains(id)) {
             self.image.set_ranges(id, BTreeSet::new(), &mut stages);
@@ -175,7 +185,7 @@ impl Planner {
             };
             let value = FrontendValue {
                 flags: wanted.flags,
-                service: record.ids.get(&wanted.port).copied().unwrap_or_default(),
+                service: record.id(&wanted.port).unwrap_or_default(),
                 affinity: wanted.affinity,
                 external: set(wanted.sets[0]),
                 internal: set(wanted.sets[1]),
@@ -293,8 +303,8 @@ impl Planner {
 
     /// Gives each port an id: its own, else the one that its adopted frontends carry, else a new one.
     fn number_ports(&mut self, record: &mut Record, mine: &[Wanted]) {
-        let ports: BTreeSet<&(SmolStr, u8)> = mine.iter().map(|wanted| &wanted.port).collect();
-        record.ids.retain(|port, id| {
+        let ports: BTreeSet<&Port> = mine.iter().map(|wanted| &wanted.port).collect();
+        record.ids.retain(|(port, id)| {
             let stays = ports.contains(port);
             if !stays {
                 self.ids.remove(id);
@@ -302,20 +312,22 @@ impl Planner {
             stays
         });
         for wanted in mine {
-            if record.ids.contains_key(&wanted.port) {
+            if record.id(&wanted.port).is_some() {
                 continue;
             }
             if let Some(id) = self.adopted_id(&wanted.key) {
                 self.ids.insert(id);
-                record.ids.insert(wanted.port.clone(), id);
+                record.ids.push((wanted.port.clone(), id));
             }
         }
         for wanted in mine {
-            if !record.ids.contains_key(&wanted.port) {
+            if record.id(&wanted.port).is_none() {
                 let id = self.new_port_id();
-                record.ids.insert(wanted.port.clone(), id);
+                record.ids.push((wanted.port.clone(), id));
             }
         }
+        record.ids.sort_unstable();
+        record.ids.shrink_to_fit();
     }
 
     /// The id of an adopted frontend, unless somebody has it.
@@ -336,7 +348,7 @@ impl Planner {
     }
 
     /// Enters the service in the queues of what it lost, and takes it out of the others.
-    fn wait(&mut self, me: &Arc<ServiceKey>, record: &mut Record, lost: BTreeSet<FrontendKey>, compiled: &Compiled) {
+    fn wait(&mut self, me: &ServiceKey, record: &mut Record, lost: BTreeSet<FrontendKey>, compiled: &Compiled) {
         for key in record.waiting.iter().filter(|key| !lost.contains(key)) {
             if let Some(queue) = self.waiting.get_mut(key) {
                 queue.retain(|waiting| waiting != me);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use smol_str::SmolStr;
 
-use crate::objects::{Lease, Object};
+use crate::objects::Lease;
 pub use election::{Election, Timing};
 pub use record::{ANNOTATION, Record, RecordError};
 
@@ -95,7 +95,7 @@ impl Tracker {
 
     /// Takes a presence Lease as it is now. Other Leases are left alone. An unreadable record leaves the last one.
     pub fn observe(&mut self, lease: &Lease, now: Instant) -> Result<Vec<Change>, RecordError> {
-        let name = lease.key().name;
+        let name = lease.metadata.name.clone();
         if !name.starts_with(LEASE_PREFIX) {
             return Ok(Vec::new());
         }

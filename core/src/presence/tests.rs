@@ -8,7 +8,7 @@ fn record(node: &str) -> Record {
 }
 
 fn lease(record: &Record, renew_time: &str) -> Lease {
-    let annotations = [(SmolStr::from(ANNOTATION), SmolStr::from(record.to_annotation()))].into();
+    let annotations = [(ANNOTATION.into(), record.to_annotation().into())].into();
     Lease {
         metadata: Meta { name: lease_name(&record.node).into(), annotations, ..Meta::default() },
         spec: LeaseSpec {

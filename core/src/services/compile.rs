@@ -170,6 +170,7 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
     }
     builder.wildcards(&addresses);
     let applies = builder.out.values().any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0);
+    builder.sets.shrink_to_fit();
     Compiled {
         frontends: builder.out.into_values().collect(),
         sets: builder.sets,

@@ -10,7 +10,7 @@ use smol_str::SmolStr;
 use super::problems::Problems;
 use super::topology::Hints;
 use super::{BackendRef, BackendSet, NodeContext};
-use crate::objects::{EndpointConditions, EndpointSlice, Object};
+use crate::objects::{EndpointAddress, EndpointConditions, EndpointSlice, Name, Object};
 
 /// One of a Service's ports, already validated.
 pub(super) struct PortRef<'a> {
@@ -67,11 +67,7 @@ pub(super) fn gather(
                 continue;
             };
             for endpoint in &slice.endpoints {
-                // All addresses of an endpoint are the same pod; the first one is used, as the API says.
-                let Some(text) = endpoint.addresses.first() else {
-                    problems.note(format!("EndpointSlice {}: an endpoint has no addresses; add one", slice.key()));
-                    continue;
-                };
+                let text = &endpoint.address;
                 let addr = match backend_address(text) {
                     Ok(addr) if want_v4.is_none_or(|v4| v4 == addr.is_ipv4()) => addr,
                     Ok(_) => {
@@ -80,6 +76,10 @@ pub(super) fn gather(
                             slice.key(),
                             slice.address_type
                         ));
+                        continue;
+                    }
+                    Err(_) if *text == EndpointAddress::None => {
+                        problems.note(format!("EndpointSlice {}: an endpoint has no addresses; add one", slice.key()));
                         continue;
                     }
                     Err(reason) => {
@@ -93,15 +93,14 @@ pub(super) fn gather(
                 if !(if addr.is_ipv4() { node.ipv4 } else { node.ipv6 }) {
                     continue;
                 }
-                let node_name = endpoint.node_name.clone().unwrap_or_default();
                 let candidate = BackendRef {
                     addr,
                     port: number,
                     proto: port.proto,
                     state: state(endpoint.conditions),
-                    local: !node_name.is_empty() && node_name == node.name,
-                    node: node_name,
-                    zone: endpoint.zone.clone().unwrap_or_default(),
+                    local: !endpoint.node_name.is_empty() && endpoint.node_name == node.name,
+                    node: endpoint.node_name.clone(),
+                    zone: endpoint.zone.clone(),
                 };
                 let hints = Hints::of(endpoint.hints.as_deref(), node);
                 found
@@ -120,7 +119,7 @@ pub(super) fn gather(
 
 /// Which of two listings of the same endpoint wins: better state, then local, then the lesser names, so that the order of
 /// slices does not matter.
-fn rank(backend: &BackendRef) -> (BackendState, bool, &SmolStr, &SmolStr) {
+fn rank(backend: &BackendRef) -> (BackendState, bool, &Name, &Name) {
     (backend.state, !backend.local, &backend.node, &backend.zone)
 }
 
@@ -155,8 +154,9 @@ pub(super) fn select(all: &[BackendRef], keep: impl Fn(&BackendRef) -> bool) -> 
 }
 
 /// A pod's address; IPv4-mapped IPv6 is read as IPv4, because the maps do not tell them apart.
-fn backend_address(text: &str) -> Result<IpAddr, &'static str> {
-    let addr = text.parse::<IpAddr>().map_err(|_| "is not an IP address")?.to_canonical();
+fn backend_address(address: &EndpointAddress) -> Result<IpAddr, &'static str> {
+    let EndpointAddress::Ip(addr) = address else { return Err("is not an IP address") };
+    let addr = addr.to_canonical();
     if addr.is_unspecified() || addr.is_multicast() || addr == IpAddr::from([255; 4]) {
         return Err("is not the address of one host");
     }

@@ -88,8 +88,8 @@ impl Builder<'_> {
                 proto: proto::TCP,
                 state: BackendState::Active,
                 local: true,
-                node: self.node.name.clone(),
-                zone: self.node.zone.clone(),
+                node: self.node.name.as_str().into(),
+                zone: self.node.zone.as_str().into(),
             };
             let set = self.intern(BackendSet { backends: [answer].into(), usable: 1 });
             let frontend = Frontend {

@@ -27,7 +27,7 @@ use kinesin_abi::{BackendState, FrontendKind};
 use serde::Serialize;
 use smol_str::SmolStr;
 
-use crate::objects::ObjectKey;
+use crate::objects::{Name, ObjectKey};
 
 /// What a Service means on this node: the unit that is compiled, planned and written as a whole.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -99,9 +99,9 @@ pub struct BackendRef {
     /// Runs on this node.
     pub local: bool,
     /// `nodeName`
-    pub node: SmolStr,
+    pub node: Name,
     /// `zone`
-    pub zone: SmolStr,
+    pub zone: Name,
 }
 
 /// One object of `kinesin services -o json`.

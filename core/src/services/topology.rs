@@ -53,7 +53,7 @@ pub(super) fn preference(service: &Service, node: &NodeContext, problems: &mut P
     if !node.service_topology || spec.internal_traffic_policy == TrafficPolicy::Local {
         return Prefer::Any;
     }
-    let mode = ANNOTATIONS.iter().find_map(|name| service.metadata.annotations.get(*name));
+    let mode = ANNOTATIONS.iter().find_map(|name| service.metadata.annotations.get(name));
     if mode.is_some_and(|mode| mode.eq_ignore_ascii_case("auto")) {
         return Prefer::Zone;
     }

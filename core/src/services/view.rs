@@ -53,8 +53,8 @@ fn backend(backend: &BackendRef) -> BackendView {
             BackendState::Maintenance => "maintenance",
             BackendState::Free => "free",
         },
-        node: backend.node.clone(),
-        zone: backend.zone.clone(),
+        node: (&backend.node).into(),
+        zone: (&backend.zone).into(),
     }
 }
 

@@ -3,9 +3,9 @@
 //! The fast way parses straight into the slim types. Only when that fails is the text parsed again as JSON of any shape, to
 //! find out which object it was, where it is wrong, and to keep the rest.
 
-use std::collections::BTreeMap;
-
-use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service, null_default};
+use kinesin_core::objects::{
+    EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, SERVICE_NAME_LABEL, Service, null_default,
+};
 use kube::core::Status;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -47,7 +47,8 @@ impl Kind for L2Policy {
 impl Kind for EndpointSlice {
     fn slim(&mut self) {
         // Nearly always there, of no use here, and a slice is the object of which there are most.
-        self.metadata.annotations = BTreeMap::new();
+        self.metadata.annotations.clear();
+        self.metadata.labels.retain(|label| label == SERVICE_NAME_LABEL);
     }
 }
 impl Kind for Node {}

@@ -324,13 +324,13 @@ impl Spec {
                 .pods
                 .iter()
                 .map(|pod| Endpoint {
-                    addresses: vec![format_smolstr!("10.42.0.{}", pod.ip)],
+                    address: format!("10.42.0.{}", pod.ip).as_str().into(),
                     conditions: EndpointConditions {
                         ready: Some(pod.ready),
                         serving: Some(pod.serving),
                         terminating: Some(pod.terminating),
                     },
-                    node_name: Some(if pod.ip % 2 == 0 { "here" } else { "there" }.into()),
+                    node_name: if pod.ip % 2 == 0 { "here" } else { "there" }.into(),
                     ..Endpoint::default()
                 })
                 .collect(),

@@ -2,7 +2,7 @@ use kinesin_abi::{FrontendKind, frontend_flags as flags};
 use serde_json::{Value, json};
 
 use super::{Algorithm, NodeContext, balanced, compile, compiled, http, node, pods, service, show, slice};
-use crate::objects::EndpointSlice;
+use crate::objects::{EndpointSlice, Name};
 use crate::services::{ServiceKey, view};
 
 const HTTP: &str = r#"[{"name": "http", "port": 80, "nodePort": 30080}]"#;
@@ -160,7 +160,7 @@ fn traffic_policies_keep_local_and_homeless_endpoints() {
         )
     };
     let mut slice = http(&["10.42.0.1", "10.42.1.1", "10.42.2.1"]);
-    slice.endpoints[2].node_name = None;
+    slice.endpoints[2].node_name = Name::default();
     let near = "[10.42.0.1:8080 10.42.2.1:8080]";
     let all = "[10.42.0.1:8080 10.42.1.1:8080 10.42.2.1:8080]";
     let table = [
@@ -369,7 +369,7 @@ fn the_view_splits_scopes_where_they_differ() {
     let web =
         balanced(json!({"clusterIP": "10.96.0.1", "ports": ports(), "externalTrafficPolicy": "Local"}), "192.0.2.1");
     let mut slice: EndpointSlice = http(&["10.42.0.1", "10.42.1.1"]);
-    slice.endpoints[0].zone = Some("attic".into());
+    slice.endpoints[0].zone = "attic".into();
     let lines = view(&ServiceKey::new("default", "web"), &compiled(&web, &[slice]), "programmed");
     let short: Vec<String> =
         lines.iter().map(|l| format!("{} {} {} {}", l.address, l.kind, l.scope, l.backends.len())).collect();
