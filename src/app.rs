@@ -28,6 +28,7 @@ use crate::actors::vip_owner::{VipOwner, VipOwnerMsg};
 use crate::address::Address;
 use crate::admin::Api;
 use crate::config::{self, Inputs, SourceKind};
+use crate::footprint;
 use crate::level::Level;
 use crate::source::{KubernetesOptions, KubernetesSource, ManifestsSource, Source};
 use crate::supervisor::{Backoff, Child, Policy, Strategy, Tree};
@@ -59,6 +60,9 @@ const ROOT: Policy = Policy { max_restarts: 3, within: Duration::from_secs(120),
 /// Runs the agent until it is told to stop. Fails when its supervision gives up: the process ends, its pod restarts, and
 /// the pinned programs carry the traffic meanwhile.
 pub fn run(inputs: Inputs) -> anyhow::Result<()> {
+    if let Err(error) = footprint::run_in_short_slices() {
+        tracing::debug!(%error, "no short time slices: changes may wait longer for a busy processor");
+    }
     // Two threads: the work is small, and each costs memory.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(agent(inputs));

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod datapath;
+pub mod footprint;
 pub mod lab;
 pub mod level;
 pub mod metrics;

@@ -19,6 +19,7 @@ use metrics::{counter, gauge, histogram};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::datapath::{MapStore, TableUsage};
+use crate::footprint::forget_start;
 use crate::level::Follower;
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
@@ -160,6 +161,7 @@ impl MapWriter {
             self.pruned = true;
             let stats = self.planner.stats();
             tracing::info!(services = stats.services, frontends = stats.frontends, backends = stats.backends, took = ?begun.elapsed(), "first complete sync is in the maps");
+            forget_start();
             self.world.programmed.set(true);
         }
         Ok(())
