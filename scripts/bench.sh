@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 
-scripts/setup.sh test
+scripts/setup.sh bench
 KINESIN_CONTROLPLANE=$(scripts/controlplane.sh)
 export KINESIN_CONTROLPLANE
 run_as_root

@@ -4,6 +4,7 @@
 #   scripts/setup.sh          what `make run` needs: the pinned Rust, the pinned nightly for eBPF, LLVM, bpf-linker
 #   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run, and ip(8)
 #   scripts/setup.sh kernels  and what `make test-kernels` needs: qemu, and the tools to pack a kernel's first files
+#   scripts/setup.sh bench    and what `make bench` needs: what kube-proxy, which is measured too, writes its rules with
 #   scripts/setup.sh check    and what `make check` needs: cargo-deny, and the nightly's clippy
 #
 # Every version is read from the file that decides it (rust-toolchain.toml, build.rs) or set once below. When nothing is
@@ -30,8 +31,8 @@ die() {
 have() { command -v "$1" >/dev/null 2>&1; }
 
 case $purpose in
-run | test | kernels | check) ;;
-*) die "unknown purpose '$purpose'" "usage: scripts/setup.sh [run|test|kernels|check]" ;;
+run | test | bench | kernels | check) ;;
+*) die "unknown purpose '$purpose'" "usage: scripts/setup.sh [run|test|bench|kernels|check]" ;;
 esac
 [[ $(uname -s) == Linux ]] || die "Kinesin runs on Linux only, this is $(uname -s)"
 
@@ -111,7 +112,7 @@ if [[ $linker != "bpf-linker $BPF_LINKER" || $libraries != *"libLLVM.so.$LLVM"* 
         die "bpf-linker did not build: see its message above"
 fi
 
-if [[ $purpose == test || $purpose == check ]]; then
+if [[ $purpose != run ]]; then
     have go || die "Go is missing: install Go $GO_MAJOR.$GO_MINOR or newer (https://go.dev/dl) and put its bin directory on PATH"
     # From outside the module, so that Go does not go looking for another version of itself.
     go=$(cd / && go env GOVERSION)
@@ -122,15 +123,26 @@ if [[ $purpose == test || $purpose == check ]]; then
     fi
 fi
 
-if [[ $purpose == test || $purpose == kernels ]] && ! have ip; then
+if [[ $purpose == test || $purpose == bench || $purpose == kernels ]] && ! have ip; then
     apt_install iproute2
 fi
 
+# Tools of root are where only root's PATH goes.
+have_root() { PATH=$PATH:/usr/sbin:/sbin have "$1"; }
+
+# What kube-proxy writes its rules with.
+if [[ $purpose == bench ]]; then
+    missing=()
+    for tool in nft:nftables iptables:iptables ipset:ipset conntrack:conntrack; do
+        have_root "${tool%:*}" || missing+=("${tool#*:}")
+    done
+    ((${#missing[@]} == 0)) || apt_install "${missing[@]}"
+fi
+
 if [[ $purpose == kernels ]]; then
-    # Their tools are where only root's PATH goes.
     missing=()
     for tool in qemu-system-x86_64:qemu-system-x86 cpio:cpio depmod:kmod strip:binutils; do
-        PATH=$PATH:/usr/sbin:/sbin have "${tool%:*}" || missing+=("${tool#*:}")
+        have_root "${tool%:*}" || missing+=("${tool#*:}")
     done
     ((${#missing[@]} == 0)) || apt_install "${missing[@]}"
 fi

@@ -5,7 +5,9 @@
 
 #![allow(clippy::print_stdout, reason = "a program that prints tables")]
 
+mod cluster;
 mod count;
+mod kube_proxy;
 mod micro;
 mod objects;
 #[allow(dead_code, reason = "shared with the tests, which use all of it")]
@@ -20,6 +22,7 @@ mod rig;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod sync;
+mod traffic;
 
 use std::path::PathBuf;
 

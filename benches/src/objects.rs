@@ -30,10 +30,13 @@ pub(crate) fn service(number: usize, cluster_ip: Option<String>) -> Value {
     object
 }
 
-/// A pod's address: unique for up to 255 endpoints of 65,536 services.
+/// A service has fewer endpoints than this.
+pub(crate) const MAX_ENDPOINTS: usize = 64;
+
+/// A pod's address: unique for up to 64 endpoints of 65,536 services.
 pub(crate) fn endpoint_address(service: usize, endpoint: usize) -> String {
     // 10.0.0.0/16 is the LAN of the lab, 10.42.0.0/16 its pods, 10.96.0.0/16 its services: stay above.
-    let number = service * 64 + endpoint;
+    let number = service * MAX_ENDPOINTS + endpoint;
     format!("10.{}.{}.{}", 128 + (number >> 16), number >> 8 & 255, number & 255)
 }
 

@@ -73,6 +73,10 @@ fn costs_with(services: u32) -> Vec<Cost> {
     cost(&mut rig, "new connection, backend on another node (SNAT)", INGRESS, &mut |call| {
         tcp(client(call), (VIP, TO_REMOTE), SYN)
     });
+    // Which of many there are, with the entries in the nearest caches, and without.
+    cost(&mut rig, "new connection, ten services in turn", INGRESS, &mut |call| {
+        tcp((CLIENT, 10_000 + (call & 0x3fff) as u16), (address(call as u32 % 10), 80), SYN)
+    });
     let spread_over = services.min(10_000);
     cost(&mut rig, "new connection, another service each time", INGRESS, &mut |call| {
         tcp((CLIENT, 10_000 + (call & 0x3fff) as u16), (address(call as u32 % spread_over), 80), SYN)

@@ -1,221 +1,217 @@
-//! Requests per second through a VIP, over those to the pod itself: short turns of each, one after the other, so that
-//! whatever else the machine does meets both.
+//! What a client on the LAN gets through a service's address, over what it gets from the pod itself: with our agent, and
+//! with kube-proxy in its place.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use kinesin::lab::{AgentOptions, HTTP_PORT, Lab, manifests};
+use anyhow::ensure;
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::loaded_programs;
+use aya::sys::{Stats, enable_stats};
+use kinesin::datapath::{detach_all, links_dir};
+use kinesin::lab::{AgentOptions, HTTP_PORT, Pod};
 use kinesin::net::Rtnl;
 use kinesin::net::rtnl::Route;
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+use serde_json::json;
 
-use crate::report::{heading, line, median, quantile};
+use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, send};
+use crate::kube_proxy::{self, KubeProxy};
+use crate::report::{heading, line};
+use crate::traffic::{SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
 
-const TURN: Duration = Duration::from_millis(500);
-const TURNS: usize = 15;
-const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
-/// Apart from each other: while the programs remember a client's connection to a service, its port cannot be used for
-/// one to the very same pod, see docs/performance.md.
-const PORTS_THROUGH: &str = "10000 35000";
-const PORTS_DIRECT: &str = "36000 60999";
-const CONNECTIONS: usize = 8;
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n";
-const LAST_REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n";
+/// Addresses that nobody has to answer for: the client has routes to them.
+const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
+const NAMES: [&str; 2] = ["backend on the entry node", "backend on another node"];
+
+/// Cilium 1.20-dev with `snat`, same node and other node, measured on two cores of another machine: a fact, for comparison.
+const CILIUM: [(&str, [&str; 2]); 4] = [
+    ("keep-alive", ["0.86", "0.77"]),
+    ("new connections", ["0.91", "0.81"]),
+    ("TCP bytes", ["0.97", "0.84"]),
+    ("UDP 64-byte frames", ["not known", "0.66"]),
+];
 
 pub(crate) fn run() -> anyhow::Result<()> {
-    heading("Requests through a VIP, over those to the pod itself");
-    let runtime = tokio::runtime::Runtime::new()?;
-    let (lab, agent) = runtime.block_on(start())?;
-    for (where_, vip, pod) in [
-        ("backend on the VIP's own node", Ipv4Addr::new(10, 0, 0, 100), lab.pod(1, 1).address()),
-        ("backend on another node (SNAT)", Ipv4Addr::new(10, 0, 0, 101), lab.pod(2, 1).address()),
-    ] {
-        let (through, direct) = (SocketAddr::from((vip, 80)), SocketAddr::from((pod, HTTP_PORT)));
-        compare(&lab, &format!("keep-alive, {where_}"), through, direct, keep_alive)?;
-        compare(&lab, &format!("new connections, {where_}"), through, direct, new_connections)?;
+    let cluster = Cluster::start("bench-requests", 2, 1)?;
+    let (pods, sinks) = prepare(&cluster)?;
+    let mut columns = Vec::new();
+
+    for mode in ["snat", "l2"] {
+        heading(&format!("Through a service's address, over the pod itself: Kinesin, {mode}"));
+        // The node of the backend needs an agent only where it answers the client itself.
+        let nodes = if mode == "l2" { 2 } else { 1 };
+        let agents = {
+            let _context = cluster.runtime.enter();
+            let start = |number: usize| {
+                let options = AgentOptions::new(crate::agent_binary()?)
+                    .config("k8s-kubeconfig-path", &cluster.plane.kubeconfig().to_string_lossy())
+                    .config("kube-proxy-replacement", "true")
+                    .config("bpf-lb-mode", mode)
+                    .config("kube-proxy-replacement-healthz-bind-address", &format!("0.0.0.0:{HEALTHZ}"));
+                anyhow::Ok(cluster.lab.node(number).start_agent(&options)?)
+            };
+            (1..=nodes).map(start).collect::<Result<Vec<_>, _>>()?
+        };
+        wait_served(&cluster, || agents[0].logs(20))?;
+        columns.push((format!("Kinesin, {mode}"), measure(&cluster, &pods, &sinks)?));
+        cost_per_run(&cluster)?;
+        for agent in agents {
+            cluster.runtime.block_on(agent.stop());
+        }
+        for node in cluster.lab.nodes().iter().take(nodes) {
+            detach_all(&node.bpf_root())?;
+        }
     }
-    runtime.block_on(async {
-        agent.stop().await;
-        drop(lab);
-    });
+    for mode in kube_proxy::MODES {
+        heading(&format!("Through a service's address, over the pod itself: kube-proxy, {mode}"));
+        if let Some(why) = kube_proxy::missing(mode) {
+            println!("not measured: {why}");
+            continue;
+        }
+        let proxy = KubeProxy::start(&cluster, mode)?;
+        proxy.wait_synced()?;
+        wait_served(&cluster, || "kube-proxy".into())?;
+        columns.push((format!("kube-proxy, {mode}"), measure(&cluster, &pods, &sinks)?));
+        proxy.stop(&cluster)?;
+    }
+    summary(&columns);
+    drop(sinks);
+    cluster.end();
     Ok(())
 }
 
-/// Two nodes with a pod each; only the first has an agent, so that it owns both VIPs.
-async fn start() -> anyhow::Result<(Lab, kinesin::lab::AgentHandle)> {
-    let binary = crate::agent_binary()?;
-    let lab = Lab::builder("bench-requests").nodes(2).pods_per_node(1).binary(&binary).build().await?;
-    for pod in lab.pods() {
-        pod.serve().await?;
-        for pid in std::fs::read_to_string(pod.cgroup().join("cgroup.procs"))?.lines() {
-            pin(Pid::from_raw(pid.parse()?), 1)?;
+/// One pod on each node, a service for each, and the client's ways to both.
+fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
+    let lab = &cluster.lab;
+    let pods = [lab.pod(1, 1), lab.pod(2, 1)];
+    cluster.runtime.block_on(async {
+        for pod in &pods {
+            pod.serve().await?;
+            for pid in std::fs::read_to_string(pod.cgroup().join("cgroup.procs"))?.lines() {
+                pin(Pid::from_raw(pid.parse()?), 1)?;
+            }
         }
-    }
-    lab.client().netns().run(|| std::fs::write(PORT_RANGE, PORTS_THROUGH))??;
-    // The client's way to the pods themselves, which a LAN does not have.
-    let rtnl = Rtnl::open_in(lab.client().netns())?;
-    let eth0 = rtnl.device("eth0").await?.ifindex;
-    for node in lab.nodes() {
-        rtnl.add_route(Route { to: node.pod_cidr(), via: Some(node.address()), ifindex: eth0, source: None }).await?;
-    }
-    let directory = lab.manifests_dir();
-    std::fs::create_dir_all(&directory)?;
-    manifests::write_all(&lab)?;
-    std::fs::remove_file(directory.join("service.yaml"))?;
-    std::fs::remove_file(directory.join("endpoints.yaml"))?;
-    for (number, pod) in lab.pods().into_iter().enumerate() {
-        std::fs::write(directory.join(format!("service-{number}.yaml")), service(number, pod.address(), pod.node()))?;
-    }
-    let agent = lab.node(1).start_agent(&AgentOptions::on_manifests(&lab))?;
-    agent.wait_ready(Duration::from_secs(60)).await?;
-    for number in 0..2 {
-        let url = format!("http://10.0.0.{}/", 100 + number);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while let Err(error) = lab.client().get(&url).await {
-            ensure!(Instant::now() < deadline, "{url} does not answer: {error}; {}", agent.logs(20));
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        // To the pods themselves, which a LAN does not have; and to the services, so that nobody has to answer for them.
+        let rtnl = Rtnl::open_in(lab.client().netns())?;
+        let eth0 = rtnl.device("eth0").await?.ifindex;
+        let via = |node: &kinesin::lab::Node| Some(node.address());
+        for node in lab.nodes() {
+            rtnl.add_route(Route { to: node.pod_cidr(), via: via(&node), ifindex: eth0, source: None }).await?;
         }
-    }
-    Ok((lab, agent))
-}
-
-fn service(number: usize, pod: Ipv4Addr, node: &str) -> String {
-    format!(
-        "\
-apiVersion: v1
-kind: Service
-metadata: {{ name: bench-{number}, namespace: default }}
-spec:
-  type: LoadBalancer
-  loadBalancerIP: 10.0.0.{vip}
-  clusterIP: 10.43.0.{vip}
-  clusterIPs: [10.43.0.{vip}]
-  ports: [{{ name: http, port: 80, targetPort: {HTTP_PORT} }}]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{ name: bench-{number}-1, namespace: default, labels: {{ kubernetes.io/service-name: bench-{number} }} }}
-addressType: IPv4
-ports: [{{ name: http, protocol: TCP, port: {HTTP_PORT} }}]
-endpoints: [{{ addresses: [{pod}], nodeName: {node}, conditions: {{ ready: true }} }}]
-",
-        vip = 100 + number
-    )
-}
-
-/// Keeps a process (0: this thread) on one core: servers and client side by side on two, or each turn measures where the
-/// scheduler happened to put them. On a machine with one core nothing is to be chosen.
-fn pin(pid: Pid, core: usize) -> anyhow::Result<()> {
-    if std::thread::available_parallelism()?.get() > 1 {
-        let mut cores = CpuSet::new();
-        cores.set(core)?;
-        sched_setaffinity(pid, &cores)?;
-    }
-    Ok(())
-}
-
-type Load = fn(SocketAddr, Duration) -> anyhow::Result<u64>;
-
-/// Turns of `through` and `direct`; prints the median of the ratios of neighbouring turns.
-fn compare(lab: &Lab, what: &str, through: SocketAddr, direct: SocketAddr, load: Load) -> anyhow::Result<()> {
-    let turn = |to| -> anyhow::Result<f64> {
-        let ports = if to == through { PORTS_THROUGH } else { PORTS_DIRECT };
-        let load = || -> anyhow::Result<u64> {
-            std::fs::write(PORT_RANGE, ports)?;
-            pin(Pid::from_raw(0), 0)?;
-            load(to, TURN)
-        };
-        let done = lab.client().netns().run(load)?.with_context(|| format!("load on {to}"))?;
-        Ok(done as f64 / TURN.as_secs_f64())
-    };
-    turn(through)?;
-    turn(direct)?;
-    let (mut ratios, mut rates) = (Vec::new(), Vec::new());
-    for number in 0..TURNS {
-        // Whoever comes second may profit or suffer from it: take turns in that, too.
-        let (vip, pod) = if number % 2 == 0 {
-            let vip = turn(through)?;
-            (vip, turn(direct)?)
-        } else {
-            let pod = turn(direct)?;
-            (turn(through)?, pod)
-        };
-        ratios.push(vip / pod);
-        rates.push(pod);
-    }
-    let figures = [
-        ("ratio", format!("{:.2}", median(&ratios))),
-        ("quartiles", format!("{:.2} to {:.2}", quantile(&ratios, 0.25), quantile(&ratios, 0.75))),
-        ("the pod itself", format!("{:.0}/s", median(&rates))),
+        for vip in VIPS {
+            let to = ipnet::Ipv4Net::new(vip, 32)?;
+            rtnl.add_route(Route { to, via: via(lab.node(1)), ifindex: eth0, source: None }).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    let ports = [
+        ("http", "TCP", 80, HTTP_PORT),
+        ("sink", "TCP", SINK_PORT, SINK_PORT),
+        ("sink-udp", "UDP", SINK_PORT, SINK_PORT),
     ];
-    line(what, &figures);
+    for ((number, pod), vip) in pods.iter().enumerate().zip(VIPS) {
+        let name = format!("load-{number}");
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": name },
+            "spec": { "externalIPs": [vip], "ports": ports.map(|(port, protocol, from, to)| json!({
+                "name": port, "protocol": protocol, "port": from, "targetPort": to,
+            })) },
+        });
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": { "name": format!("{name}-1"), "labels": { "kubernetes.io/service-name": name } },
+            "ports": ports.map(|(port, protocol, _, to)| json!({ "name": port, "protocol": protocol, "port": to })),
+            "endpoints": [{ "addresses": [pod.address()], "nodeName": pod.node(), "conditions": { "ready": true } }],
+        });
+        cluster.with_client(async move |client| {
+            send(&client, "POST", SERVICES, &service).await?;
+            send(&client, "POST", SLICES, &slice).await.map(drop)
+        })?;
+    }
+    let sinks = [Sink::start(&pods[0])?, Sink::start(&pods[1])?];
+    Ok((pods, sinks))
+}
+
+fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    cluster.runtime.block_on(async {
+        for vip in VIPS {
+            let url = format!("http://{vip}/");
+            while let Err(error) = cluster.lab.client().get(&url).await {
+                ensure!(Instant::now() < deadline, "{url} does not answer: {error}; {}", logs());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Ratios by kind of load, the entry node's backend first.
+fn measure(cluster: &Cluster, pods: &[Pod; 2], sinks: &[Sink; 2]) -> anyhow::Result<Vec<[f64; 2]>> {
+    let mut ratios = vec![[0.0; 2]; CILIUM.len()];
+    for (place, where_) in NAMES.iter().enumerate() {
+        let (vip, pod, sink) = (VIPS[place], pods[place].address(), &sinks[place]);
+        let throughput = |to, time| sink.throughput(to, time);
+        let datagrams = |to, time| sink.datagrams(to, time);
+        for (kind, (name, _)) in CILIUM.iter().enumerate() {
+            let (load, ports): (crate::traffic::Load<'_>, _) = match kind {
+                0 => (&keep_alive, (80, HTTP_PORT)),
+                1 => (&new_connections, (80, HTTP_PORT)),
+                2 => (&throughput, (SINK_PORT, SINK_PORT)),
+                _ => (&datagrams, (SINK_PORT, SINK_PORT)),
+            };
+            let (through, direct) = (SocketAddr::from((vip, ports.0)), SocketAddr::from((pod, ports.1)));
+            ratios[kind][place] = compare(cluster.lab.client(), &format!("{name}, {where_}"), through, direct, load)?;
+        }
+    }
+    Ok(ratios)
+}
+
+/// What the kernel's own counters say of the entry node's ingress program, with keep-alive requests to the other node.
+fn cost_per_run(cluster: &Cluster) -> anyhow::Result<()> {
+    let _counting = enable_stats(Stats::RunTime)?;
+    let before = ingress_counters(cluster)?;
+    let to = SocketAddr::from((VIPS[1], 80));
+    cluster.lab.client().netns().run(|| keep_alive(to, Duration::from_secs(2)))??;
+    let after = ingress_counters(cluster)?;
+    let (time, runs) = (after.0.saturating_sub(before.0), after.1 - before.1);
+    let each = time.as_nanos() as f64 / runs.max(1) as f64;
+    let figures =
+        [("per run", format!("{each:.0} ns")), ("of", runs.to_string()), ("Cilium (elsewhere)", "1490 ns".into())];
+    line("ingress program by run-time counters, other node", &figures);
     Ok(())
 }
 
-/// Several connections, each with one request under way; one thread, so that the servers have the other core.
-fn keep_alive(to: SocketAddr, time: Duration) -> anyhow::Result<u64> {
-    let mut connections = Vec::new();
-    for _ in 0..CONNECTIONS {
-        connections.push(connect(to)?);
-    }
-    let begun = Instant::now();
-    let mut done = 0;
-    let mut buffer = [0; 4096];
-    while begun.elapsed() < time {
-        for connection in &mut connections {
-            connection.write_all(REQUEST)?;
-        }
-        for connection in &mut connections {
-            read_answer(connection, &mut buffer)?;
-            done += 1;
+/// Time and runs of the program at the ingress of the entry node's devices.
+fn ingress_counters(cluster: &Cluster) -> anyhow::Result<(Duration, u64)> {
+    let mut programs = BTreeSet::new();
+    for pin in std::fs::read_dir(links_dir(&cluster.node().bpf_root()))? {
+        let path = pin?.path();
+        if path.to_string_lossy().ends_with("-ingress") {
+            programs.insert(FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id());
         }
     }
-    Ok(done)
-}
-
-/// One connection per request, closed by the server, one after the other.
-fn new_connections(to: SocketAddr, time: Duration) -> anyhow::Result<u64> {
-    let begun = Instant::now();
-    let mut done = 0;
-    let mut buffer = [0; 4096];
-    while begun.elapsed() < time {
-        let mut connection = connect(to)?;
-        connection.write_all(LAST_REQUEST)?;
-        read_answer(&mut connection, &mut buffer)?;
-        while connection.read(&mut buffer)? > 0 {}
-        done += 1;
+    ensure!(!programs.is_empty(), "no program is attached by a link");
+    let mut sum = (Duration::ZERO, 0);
+    for program in loaded_programs() {
+        let program = program?;
+        if programs.contains(&program.id()) {
+            sum = (sum.0 + program.run_time(), sum.1 + program.run_count());
+        }
     }
-    Ok(done)
+    Ok(sum)
 }
 
-fn connect(to: SocketAddr) -> anyhow::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    Ok(stream)
-}
-
-/// Reads one whole answer: the head, and as many bytes as it says.
-fn read_answer(stream: &mut TcpStream, buffer: &mut [u8]) -> anyhow::Result<()> {
-    let mut filled = 0;
-    loop {
-        let read = stream.read(&mut buffer[filled..])?;
-        if read == 0 {
-            bail!("the connection ended in the middle of an answer");
-        }
-        filled += read;
-        let text = &buffer[..filled];
-        let Some(head) = text.windows(4).position(|bytes| bytes == b"\r\n\r\n") else { continue };
-        let head_text = String::from_utf8_lossy(&text[..head]).to_ascii_lowercase();
-        ensure!(head_text.starts_with("http/1.1 200"), "{head_text}");
-        let length =
-            head_text.split("content-length: ").nth(1).and_then(|rest| rest.split("\r\n").next()?.parse().ok());
-        let length: usize = length.context("the answer has no length")?;
-        if filled >= head + 4 + length {
-            return Ok(());
-        }
+fn summary(columns: &[(String, Vec<[f64; 2]>)]) {
+    heading("Side by side: medians of ratios, backend on the entry node / on another");
+    for (kind, (name, cilium)) in CILIUM.iter().enumerate() {
+        let mut figures: Vec<(&str, String)> = columns
+            .iter()
+            .map(|(column, ratios)| (column.as_str(), format!("{:.2} / {:.2}", ratios[kind][0], ratios[kind][1])))
+            .collect();
+        figures.push(("Cilium, snat (elsewhere)", cilium.join(" / ")));
+        line(name, &figures);
     }
 }

@@ -1,139 +1,107 @@
-//! Against a real API server: the first sync, the memory after it, and how long a change takes to the maps.
+//! Against a real API server: the first sync, the memory after it, and how long a change takes to the maps; ours, and
+//! kube-proxy's.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, ensure};
 use aya::maps::{HashMap, Map, MapData};
-use futures::{StreamExt, TryStreamExt};
 use kinesin::datapath::{detach_all, maps_dir};
-use kinesin::lab::{AgentHandle, AgentOptions, Lab, Node};
+use kinesin::lab::{AgentHandle, AgentOptions};
 use kinesin_abi::{Be16, FrontendKey, FrontendValue, proto};
-use kube::Client;
 use serde_json::{Value, json};
 
+use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, cpu_time, memory, pause, send, set_endpoints};
+use crate::kube_proxy::{self, KubeProxy};
 use crate::objects;
 use crate::report::{heading, line, median, mib, ms, quantile, spread};
-use crate::support::control_plane::{ControlPlane, Options};
 
-const HEALTHZ: u16 = 10_256;
-/// The API server listens where the LAN's router is.
-const API: Ipv4Addr = kinesin::lab::ROUTER_ADDRESS;
-const IN_FLIGHT: usize = 32;
-const ENDPOINTS: usize = 10;
 const STARTS: usize = 7;
 const CHANGES: usize = 300;
+/// Of kube-proxy, which takes a second for each.
+const PEER_CHANGES: usize = 12;
 const NOT_LATER: Duration = Duration::from_secs(60);
+/// Up to so many backends fit the maps as they are by default (`bpf-lb-map-max`).
+const DEFAULT_ROOM: usize = 60_000;
+const DEFAULT_SIZES: &str = "0,100,1000,5000,5000x50";
+
+/// Services, and endpoints of each.
+#[derive(Clone, Copy)]
+struct Size {
+    services: usize,
+    endpoints: usize,
+}
+
+fn sizes() -> anyhow::Result<Vec<Size>> {
+    let text = std::env::var("KINESIN_BENCH_SERVICES").unwrap_or_else(|_| DEFAULT_SIZES.into());
+    let wrong =
+        "KINESIN_BENCH_SERVICES is a list of rising numbers of services, and of endpoints if not 10: 0,1000,1000x50";
+    let one = |text: &str| -> anyhow::Result<Size> {
+        let (services, endpoints) = text.split_once('x').unwrap_or((text, "10"));
+        Ok(Size { services: services.parse().context(wrong)?, endpoints: endpoints.parse().context(wrong)? })
+    };
+    let sizes = text.split(',').map(one).collect::<anyhow::Result<Vec<_>>>()?;
+    ensure!(sizes.windows(2).all(|pair| pair[0].services <= pair[1].services), wrong);
+    ensure!(
+        sizes.iter().all(|size| size.endpoints < objects::MAX_ENDPOINTS),
+        "at most {} endpoints",
+        objects::MAX_ENDPOINTS - 1
+    );
+    Ok(sizes)
+}
 
 pub(crate) fn run() -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
-    let binary = crate::agent_binary()?;
-    let lab = runtime.block_on(Lab::builder("bench-sync").binary(&binary).build())?;
-    let options = Options { netns: Some(lab.lan().path().to_owned()), bind: IpAddr::V4(API), ..Options::default() };
-    let plane = ControlPlane::start(&lab.dir().join("control-plane"), options)?;
-    create_node(&lab, &plane)?;
-
-    let sizes = std::env::var("KINESIN_BENCH_SERVICES").unwrap_or_else(|_| "0,100,1000,5000".into());
-    let mut there = 0;
-    for size in sizes.split(',') {
-        let size: usize = size.parse().context("KINESIN_BENCH_SERVICES is a list of numbers such as 0,100,1000")?;
-        ensure!(size >= there, "KINESIN_BENCH_SERVICES must rise: services are added");
-        create(&lab, &plane, there..size)?;
-        there = size;
-        heading(&format!("A real API server, {size} services × {ENDPOINTS}"));
-        let agent = first_syncs(&runtime, &lab, &plane)?;
-        if size >= 1000 {
-            changes(&runtime, &lab, &plane, &agent, size)?;
+    let cluster = Cluster::start("bench-sync", 1, 0)?;
+    let mut there = Size { services: 0, endpoints: 10 };
+    for size in sizes()? {
+        cluster.create(there.services..size.services, size.endpoints)?;
+        if size.endpoints != there.endpoints {
+            cluster.resize(0..there.services, size.endpoints)?;
         }
-        runtime.block_on(agent.stop());
+        there = size;
+        heading(&format!("A real API server, {} services × {}", size.services, size.endpoints));
+        let agent = first_syncs(&cluster, size)?;
+        if size.services >= 1000 {
+            changes(&cluster, &agent, size)?;
+        }
+        if size.services >= 5000 && size.endpoints == 10 {
+            churn(&cluster, &agent, size)?;
+        }
+        cluster.runtime.block_on(agent.stop());
+        detach_all(&cluster.node().bpf_root())?;
+        if size.services >= 1000 {
+            peers(&cluster, size)?;
+        }
     }
-    drop(plane);
-    runtime.block_on(async { drop(lab) });
+    cluster.end();
     Ok(())
 }
 
-/// Runs `work` with an API client whose connections begin in the lab's LAN.
-fn with_client<T: Send>(
-    lab: &Lab,
-    plane: &ControlPlane,
-    work: impl AsyncFnOnce(Client) -> anyhow::Result<T> + Send,
-) -> anyhow::Result<T> {
-    let kubeconfig = kube::config::Kubeconfig::read_from(plane.kubeconfig())?;
-    lab.lan().run(move || {
-        // On this very thread, which is in the namespace for good.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async move {
-            let options = kube::config::KubeConfigOptions::default();
-            let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await?;
-            work(Client::try_from(config)?).await
-        })
-    })?
-}
-
-async fn send(client: &Client, method: &str, path: &str, body: &Value) -> anyhow::Result<Value> {
-    let kind = if method == "PATCH" { "application/strategic-merge-patch+json" } else { "application/json" };
-    // EndpointSlices have no strategic merge of their lists: the merge patch replaces them as a whole.
-    let kind = if method == "PATCH" && path.contains("endpointslices") { "application/merge-patch+json" } else { kind };
-    let request = http::Request::builder().method(method).uri(path).header(http::header::CONTENT_TYPE, kind);
-    let request = request.body(serde_json::to_vec(body)?)?;
-    client.request::<Value>(request).await.with_context(|| format!("{method} {path}"))
-}
-
-const SERVICES: &str = "/api/v1/namespaces/default/services";
-const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
-
-fn create_node(lab: &Lab, plane: &ControlPlane) -> anyhow::Result<()> {
-    let node = lab.node(1);
-    let object = json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name() } });
-    let status = json!({ "status": { "addresses": [{ "type": "InternalIP", "address": node.address() }] } });
-    let path = format!("/api/v1/nodes/{}/status", node.name());
-    with_client(lab, plane, async move |client| {
-        send(&client, "POST", "/api/v1/nodes", &object).await?;
-        send(&client, "PATCH", &path, &status).await.map(drop)
-    })
-}
-
-fn create(lab: &Lab, plane: &ControlPlane, numbers: std::ops::Range<usize>) -> anyhow::Result<()> {
-    let begun = Instant::now();
-    let count = numbers.len();
-    with_client(lab, plane, async move |client| {
-        let one = |number: usize| {
-            let client = client.clone();
-            async move {
-                send(&client, "POST", SERVICES, &objects::service(number, None)).await?;
-                send(&client, "POST", SLICES, &objects::slice(number, ENDPOINTS)).await.map(drop)
-            }
-        };
-        futures::stream::iter(numbers).map(one).buffer_unordered(IN_FLIGHT).try_collect::<()>().await
-    })?;
-    if count > 0 {
-        line(&format!("(making {count} services and slices)"), &[("time", ms(begun.elapsed()))]);
-    }
-    Ok(())
-}
-
-fn start_agent(node: &Node, plane: &ControlPlane) -> anyhow::Result<AgentHandle> {
-    let options = AgentOptions::new(crate::agent_binary()?)
-        .config("k8s-kubeconfig-path", &plane.kubeconfig().to_string_lossy())
+fn start_agent(cluster: &Cluster, size: Size) -> anyhow::Result<AgentHandle> {
+    let mut options = AgentOptions::new(crate::agent_binary()?)
+        .config("k8s-kubeconfig-path", &cluster.plane.kubeconfig().to_string_lossy())
         .config("kube-proxy-replacement", "true")
         .config("kube-proxy-replacement-healthz-bind-address", &format!("0.0.0.0:{HEALTHZ}"));
-    Ok(node.start_agent(&options)?)
+    if size.services * size.endpoints > DEFAULT_ROOM {
+        options = options.config("bpf-lb-map-max", "300000");
+    }
+    Ok(cluster.node().start_agent(&options)?)
 }
 
 /// Starts with nothing in the kernel, then with the maps of the run before; memory. Returns the last agent, running.
-fn first_syncs(runtime: &tokio::runtime::Runtime, lab: &Lab, plane: &ControlPlane) -> anyhow::Result<AgentHandle> {
-    let node = lab.node(1);
+fn first_syncs(cluster: &Cluster, size: Size) -> anyhow::Result<AgentHandle> {
+    let (node, runtime) = (cluster.node(), &cluster.runtime);
     let (mut fresh, mut adopted) = (Vec::new(), Vec::new());
     let (mut rss, mut peak) = (Vec::new(), Vec::new());
     let start = |times: &mut Vec<Duration>| {
         let begun = Instant::now();
         let agent = {
             let _context = runtime.enter();
-            start_agent(node, plane)?
+            start_agent(cluster, size)?
         };
         let healthy = node.netns().run(|| wait_healthy(begun))?;
         times.push(healthy.with_context(|| agent.logs(30))?);
@@ -194,19 +162,6 @@ fn healthy(address: SocketAddr) -> std::io::Result<bool> {
     Ok(answer.starts_with("HTTP/1.1 200"))
 }
 
-#[expect(clippy::disallowed_methods, reason = "a thread of the benchmark, which looks at something again and again")]
-fn pause(time: Duration) {
-    std::thread::sleep(time);
-}
-
-/// A field of `/proc/<pid>/status`, in bytes.
-fn memory(pid: u32, field: &str) -> anyhow::Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let found = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.split_whitespace().next());
-    let kib: u64 = found.with_context(|| format!("no {field} in the status of {pid}"))?.parse()?;
-    Ok(kib * 1024)
-}
-
 /// What the kernel charges for each pinned map, the largest first.
 fn pinned(bpf_root: &Path) -> anyhow::Result<Vec<(String, u64)>> {
     let mut all = Vec::new();
@@ -223,19 +178,14 @@ fn pinned(bpf_root: &Path) -> anyhow::Result<Vec<(String, u64)>> {
 }
 
 /// Endpoints come and go, one at a time; when does the pinned frontends map say so?
-fn changes(
-    runtime: &tokio::runtime::Runtime,
-    lab: &Lab,
-    plane: &ControlPlane,
-    agent: &AgentHandle,
-    services: usize,
-) -> anyhow::Result<()> {
-    let watch = Watch::start(&lab.node(1).bpf_root())?;
-    let map = frontends(&lab.node(1).bpf_root())?;
-    let before = histogram(runtime, agent)?;
+fn changes(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<()> {
+    let Size { services, endpoints } = size;
+    let watch = Watch::start(&cluster.node().bpf_root())?;
+    let map = frontends(&cluster.node().bpf_root())?;
+    let before = histogram(cluster, agent)?;
     let cpu = cpu_time(agent.pid())?;
     let begun = Instant::now();
-    let samples = with_client(lab, plane, async move |client| {
+    let samples = cluster.with_client(async move |client| {
         let mut samples = Vec::new();
         for change in 0..CHANGES {
             let service = change * 7 % services;
@@ -244,7 +194,7 @@ fn changes(
             let object = client.request::<Value>(get).await?;
             let ip: Ipv4Addr = object["spec"]["clusterIP"].as_str().context("no clusterIP")?.parse()?;
             let key = FrontendKey { addr: ip.into(), port: Be16::new(80), proto: proto::TCP, pad: 0 };
-            let wanted = if map.get(&key, 0)?.internal.count as usize == ENDPOINTS { ENDPOINTS + 1 } else { ENDPOINTS };
+            let wanted = if map.get(&key, 0)?.internal.count as usize == endpoints { endpoints + 1 } else { endpoints };
             let patch = json!({ "endpoints": objects::slice(service, wanted)["endpoints"] });
             watch.orders.send((key, u32::try_from(wanted)?))?;
             let asked = Instant::now();
@@ -264,7 +214,13 @@ fn changes(
     let per_change = cpu / u32::try_from(CHANGES)?;
     let figures = [("", ms(per_change)), ("in all, during", ms(took))];
     line("    the agent's processor time per change", &figures);
-    let after = histogram(runtime, agent)?;
+    let after = histogram(cluster, agent)?;
+    line("    in the agent, event to map, counts by seconds", &[("", between(&before, &after))]);
+    Ok(())
+}
+
+/// What a histogram has gained, by upper bounds.
+fn between(before: &[(String, u64)], after: &[(String, u64)]) -> String {
     let inside: Vec<String> = after
         .iter()
         .map(|(bound, count)| {
@@ -272,8 +228,7 @@ fn changes(
             format!("≤{bound}: {}", count - earlier)
         })
         .collect();
-    line("    in the agent, event to map, counts by seconds", &[("", inside.join("  "))]);
-    Ok(())
+    inside.join("  ")
 }
 
 type Frontends = HashMap<MapData, FrontendKey, FrontendValue>;
@@ -310,8 +265,8 @@ impl Watch {
 }
 
 /// Upper bounds and cumulative counts of the agent's own histogram.
-fn histogram(runtime: &tokio::runtime::Runtime, agent: &AgentHandle) -> anyhow::Result<Vec<(String, u64)>> {
-    let (_, text) = runtime.block_on(agent.get("/metrics"))?;
+fn histogram(cluster: &Cluster, agent: &AgentHandle) -> anyhow::Result<Vec<(String, u64)>> {
+    let (_, text) = cluster.runtime.block_on(agent.get("/metrics"))?;
     let buckets = text.lines().filter_map(|line| line.strip_prefix("kinesin_endpoint_to_map_seconds_bucket{le=\""));
     Ok(buckets
         .filter_map(|line| line.split_once("\"} "))
@@ -319,12 +274,100 @@ fn histogram(runtime: &tokio::runtime::Runtime, agent: &AgentHandle) -> anyhow::
         .collect())
 }
 
-/// User and system time of a process.
-fn cpu_time(pid: u32) -> anyhow::Result<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // Fields 14 and 15, proc(5); the second may hold spaces, but ends with the last parenthesis.
-    let rest = stat.rsplit_once(')').context("/proc/<pid>/stat has no name")?.1;
-    let ticks: u64 = rest.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
-    Ok(Duration::from_millis(ticks * 1000 / u64::try_from(per_second)?))
+/// A thousand changes a second for a minute, or as many as the API server can take.
+fn churn(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<()> {
+    const PER_SECOND: u32 = 1000;
+    const SECONDS: u32 = 60;
+    const CLIENTS: usize = 16;
+    let Size { services, endpoints } = size;
+    let pid = agent.pid();
+    let before = histogram(cluster, agent)?;
+    let (cpu, begun) = (cpu_time(pid)?, Instant::now());
+    let end = begun + Duration::from_secs(SECONDS.into());
+    let rss = |samples: &mut Vec<u64>| anyhow::Ok(samples.push(memory(pid, "VmRSS")?));
+    let mut samples = Vec::new();
+    rss(&mut samples)?;
+    let done = std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            cluster.with_client(async move |client| {
+                let next = std::sync::atomic::AtomicU32::new(0);
+                let worker = |_| async {
+                    let mut done = 0u32;
+                    loop {
+                        let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let due = begun + Duration::from_secs(1) / PER_SECOND * number;
+                        if due >= end || Instant::now() >= end {
+                            return anyhow::Ok(done);
+                        }
+                        tokio::time::sleep_until(due.into()).await;
+                        // Each change is one: the second round through the services takes back what the first one did.
+                        let (service, round) = (number as usize % services, number as usize / services);
+                        set_endpoints(&client, service, endpoints + usize::from(round % 2 == 0)).await?;
+                        done += 1;
+                    }
+                };
+                let all = futures::future::try_join_all((0..CLIENTS).map(worker)).await?;
+                Ok(all.into_iter().sum::<u32>())
+            })
+        });
+        while !load.is_finished() {
+            pause(Duration::from_secs(1));
+            rss(&mut samples)?;
+        }
+        load.join().expect("the load does not panic")
+    })?;
+    let took = begun.elapsed();
+    let cpu = cpu_time(pid)?.saturating_sub(cpu);
+    // Whatever is still on its way is seen by how long one more change takes to be there.
+    let after = histogram(cluster, agent)?;
+    let per_second = f64::from(done) / took.as_secs_f64();
+    let cores = cpu.as_secs_f64() / took.as_secs_f64();
+    line(
+        "as many changes as the API server takes, at most 1,000/s",
+        &[("changes/s", format!("{per_second:.0}")), ("for", ms(took))],
+    );
+    let each = [
+        ("cores", format!("{cores:.2}")),
+        ("per change", ms(cpu / done.max(1))),
+        ("so at 1,000/s", format!("{:.2}", cores / per_second * 1000.0)),
+    ];
+    line("    the agent's processor time", &each);
+    let third = samples.len() / 3;
+    let figures = [
+        ("at first", mib(samples[0])),
+        ("after 20 s", mib(samples[third])),
+        ("after 40 s", mib(samples[2 * third])),
+        ("at the end", mib(samples[samples.len() - 1])),
+    ];
+    line("    the agent's VmRSS", &figures);
+    line("    in the agent, event to map, counts by seconds", &[("", between(&before, &after))]);
+    Ok(())
+}
+
+/// The same with kube-proxy where the agent was.
+fn peers(cluster: &Cluster, size: Size) -> anyhow::Result<()> {
+    for mode in kube_proxy::MODES {
+        let title = format!("kube-proxy {mode}");
+        if let Some(why) = kube_proxy::missing(mode) {
+            println!("{title}: not measured, {why}");
+            continue;
+        }
+        let proxy = KubeProxy::start(cluster, mode)?;
+        let synced = proxy.wait_synced()?;
+        line(
+            &format!("{title}: start to first sync"),
+            &[("time", ms(synced)), ("VmRSS", mib(memory(proxy.pid(), "VmRSS")?))],
+        );
+        let mut samples = Vec::new();
+        for change in 0..PEER_CHANGES {
+            let wanted = size.endpoints + 1 - change / (PEER_CHANGES / 2);
+            let asked = SystemTime::now();
+            cluster
+                .with_client(async move |client| set_endpoints(&client, change % (PEER_CHANGES / 2), wanted).await)?;
+            samples.push(proxy.wait_synced_after(asked)?);
+        }
+        line(&format!("{title}: one change, request to rules"), &[("time", spread(&samples))]);
+        proxy.stop(cluster)?;
+    }
+    Ok(())
 }
