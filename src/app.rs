@@ -20,7 +20,7 @@ use crate::actors::link_watcher::LinkWatcher;
 use crate::actors::loader::Loader;
 use crate::actors::map_writer::MapWriter;
 use crate::actors::membership::Membership;
-use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PolicyWatcher, PoolWatcher};
+use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PodWatcher, PolicyWatcher, PoolWatcher};
 use crate::actors::service_health::ServiceHealth;
 use crate::actors::service_watcher::ServiceWatcher;
 use crate::actors::status_writer::StatusWriter;
@@ -133,10 +133,10 @@ fn tree(
         move || (world.clone(), source.clone())
     };
     macro_rules! watcher {
-        ($actor:ty, $name:literal, $stream:ident, $table:ident) => {{
+        ($actor:ty, $name:literal, $stream:ident, $table:ident $(, of $node:ident)?) => {{
             let (world, source) = (world.clone(), source.clone());
             Child::actor::<$actor>(&Address::new($name), move || WatcherArgs {
-                events: source.$stream(),
+                events: source.$stream($(&world.$node)?),
                 table: world.$table.clone(),
             })
         }};
@@ -155,6 +155,7 @@ fn tree(
         vec![
             watcher!(ServiceWatcher, "service_watcher", services, services),
             watcher!(EndpointWatcher, "endpoint_watcher", endpoint_slices, slices),
+            watcher!(PodWatcher, "pod_watcher", pods, pods, of node),
             Child::actor::<EndpointSyncer>(&Address::new("endpoint_syncer"), w()),
             Child::actor::<StatusWriter>(&Address::new("status_writer"), ws()),
         ],

@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pool, Service};
+use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
 use kinesin_core::services::{Compiled, HealthCheck, ServiceKey};
 use smol_str::SmolStr;
 
@@ -30,6 +30,8 @@ pub struct World {
     pub services: Table<ObjectKey, Service>,
     /// Written by endpoint_watcher.
     pub slices: Table<ObjectKey, EndpointSlice>,
+    /// Written by pod_watcher: those of this node that have host ports.
+    pub pods: Table<ObjectKey, Pod>,
     /// Written by node_watcher.
     pub nodes: Table<ObjectKey, Node>,
     /// Written by pool_watcher.
@@ -73,6 +75,7 @@ impl World {
             config: Level::with(config),
             services: Table::default(),
             slices: Table::default(),
+            pods: Table::default(),
             nodes: Table::default(),
             pools: Table::default(),
             policies: Table::default(),

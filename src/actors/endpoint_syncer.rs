@@ -1,19 +1,19 @@
-//! Compiles Services and their EndpointSlices into what clients can connect to.
+//! Compiles Services and their EndpointSlices, and the host ports of pods, into what clients can connect to.
 //!
 //! owns: the compiled table, the health checks' table, and the index from Services to their slices
-//! hears: changes of services, slices, this node's labels and addresses, the configuration
+//! hears: changes of services, slices, this node's pods, labels and addresses, the configuration
 //! says: changed services to the compiled table's subscribers; health checks
 //! restart story: recompiles everything from the tables; equal results wake nobody
 //!
 //! A change of one slice recompiles one Service: its cost is that Service's endpoints, whatever else exists.
 //! Deliberately absent: knowledge of maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use kinesin_core::devices::node_port_addresses;
-use kinesin_core::objects::{EndpointSlice, Node, ObjectKey, Service};
-use kinesin_core::services::{self, Compiled, NodeContext, ServiceKey, SliceIndex};
+use kinesin_core::devices::{node_port_addresses, servable_addresses};
+use kinesin_core::objects::{EndpointSlice, Node, Object, ObjectKey, Pod, Service};
+use kinesin_core::services::{self, Compiled, HostContext, NodeContext, ServiceKey, SliceIndex};
 use metrics::{counter, gauge};
 
 use crate::actor::{Actor, Failure};
@@ -40,11 +40,15 @@ pub struct EndpointSyncer {
     world: World,
     services: Subscription<ObjectKey, Service>,
     slices: Subscription<ObjectKey, EndpointSlice>,
+    pods: Subscription<ObjectKey, Pod>,
     nodes: Subscription<ObjectKey, Node>,
     devices: Follower<Devices>,
     config: Follower<config::Config>,
     index: SliceIndex,
     context: NodeContext,
+    host: HostContext,
+    /// Keys of host ports in the compiled table.
+    host_ports: BTreeSet<ServiceKey>,
     compiled: Table<ServiceKey, Compiled>,
     /// Rows of an instance before: their Services may have gone while there was none.
     inherited: Vec<ServiceKey>,
@@ -56,15 +60,20 @@ impl Actor for EndpointSyncer {
 
     async fn start(world: World, me: Address<EndpointSyncerMsg>) -> Result<Self, Failure> {
         let wake = me.waker(|| EndpointSyncerMsg::Wake);
+        let (host_ports, inherited): (Vec<_>, Vec<_>) =
+            world.compiled.keys().into_iter().partition(|key| services::object_of(key).0 == Pod::KIND);
         Ok(Self {
             services: world.services.subscribe(wake.clone()),
             slices: world.slices.subscribe(wake.clone()),
+            pods: world.pods.subscribe(wake.clone()),
             nodes: world.nodes.subscribe(wake.clone()),
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
             index: SliceIndex::default(),
             context: NodeContext::default(),
-            inherited: world.compiled.keys(),
+            host: HostContext::default(),
+            host_ports: host_ports.into_iter().collect(),
+            inherited,
             compiled: world.compiled.clone(),
             world,
         })
@@ -72,11 +81,18 @@ impl Actor for EndpointSyncer {
 
     async fn handle(&mut self, EndpointSyncerMsg::Wake: EndpointSyncerMsg) -> Result<(), Failure> {
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
-        let complete = self.world.services.is_complete() && self.world.slices.is_complete();
-        for (key, since) in self.dirty() {
+        let pods_matter = self.world.config().services.kube_proxy_replacement;
+        let complete = self.world.services.is_complete()
+            && self.world.slices.is_complete()
+            && (self.world.pods.is_complete() || !pods_matter);
+        let (context_changed, host_changed) = self.look_at_the_node();
+        for (key, since) in self.dirty(context_changed) {
             self.compile(&key, since);
         }
-        gauge!("kinesin_services").set(self.compiled.len() as f64);
+        if host_changed || context_changed || !self.pods.take().is_empty() {
+            self.compile_host_ports();
+        }
+        gauge!("kinesin_services").set((self.compiled.len() - self.host_ports.len()) as f64);
         if complete {
             self.compiled.set_complete();
         }
@@ -86,8 +102,8 @@ impl Actor for EndpointSyncer {
 
 impl EndpointSyncer {
     /// The services that the changes since the last call concern, each with the time of the oldest of its changes.
-    fn dirty(&mut self) -> BTreeMap<ServiceKey, Instant> {
-        if self.context_changed() {
+    fn dirty(&mut self, context_changed: bool) -> BTreeMap<ServiceKey, Instant> {
+        if context_changed {
             self.services.mark_all();
         }
         let mut dirty: BTreeMap<_, _> =
@@ -106,19 +122,46 @@ impl EndpointSyncer {
         dirty
     }
 
-    fn context_changed(&mut self) -> bool {
+    /// Whether what Services mean depends on has changed, and what host ports depend on besides.
+    fn look_at_the_node(&mut self) -> (bool, bool) {
         // All three are read, so that none of them stays marked.
         let (nodes, devices, config) = (self.nodes.take(), self.devices.changed(), self.config.changed());
         let mine = nodes.iter().any(|(key, _)| key.name == self.world.node);
         if !(mine || devices.is_some() || config.is_some()) {
-            return false;
+            return (false, false);
         }
         let node = self.world.nodes.get(&ObjectKey::new("", self.world.node.clone()));
         let devices = self.world.devices.get();
         let context = node_context(&self.world, node.as_deref(), devices.as_deref());
-        let changed = context != self.context;
-        self.context = context;
+        let range = self.world.config().services.node_port_range;
+        let host = HostContext {
+            addresses: devices.iter().flat_map(|devices| servable_addresses(&devices.all)).collect(),
+            node_ports: (range.first, range.last),
+        };
+        let changed = (context != self.context, host != self.host);
+        (self.context, self.host) = (context, host);
         changed
+    }
+
+    /// All of them together: a pod's port depends on the other pods'. Their number is that of pods on this node at most.
+    fn compile_host_ports(&mut self) {
+        let pods = self.world.pods.rows();
+        let wanted = services::host_ports(pods.iter().map(|(_, pod)| &**pod), &self.host, &self.context);
+        self.host_ports.retain(|key| {
+            let stays = wanted.contains_key(key);
+            if !stays {
+                tracing::info!(host_port = %key, "host port removed");
+                self.compiled.remove(key);
+            }
+            stays
+        });
+        for (key, compiled) in wanted {
+            if self.host_ports.insert(key.clone()) {
+                tracing::info!(host_port = %key, frontends = compiled.frontends.len(), "host port added");
+            }
+            self.compiled.put(key, compiled);
+        }
+        gauge!("kinesin_host_ports").set(self.host_ports.len() as f64);
     }
 
     fn compile(&self, key: &ServiceKey, since: Instant) {

@@ -1,4 +1,4 @@
-//! Follows the kinds of which there are few: nodes, pools, announcement policies, leases.
+//! Follows the kinds of which there are few: nodes, pools, announcement policies, leases, this node's pods with host ports.
 //!
 //! owns: one table each
 //! hears: the source's stream of its kind
@@ -7,12 +7,14 @@
 //!
 //! Deliberately absent: any interpretation of the objects.
 
-use kinesin_core::objects::{L2Policy, Lease, Node, Pool};
+use kinesin_core::objects::{L2Policy, Lease, Node, Pod, Pool};
 
 use super::feed::Watcher;
 
 /// Nodes: labels, addresses, zones.
 pub type NodeWatcher = Watcher<Node>;
+/// Pods of this node that have host ports.
+pub type PodWatcher = Watcher<Pod>;
 /// Pools of addresses.
 pub type PoolWatcher = Watcher<Pool>;
 /// Announcement policies.

@@ -94,6 +94,7 @@ impl Answers {
         vec![
             view("services", w.services.is_complete(), w.services.len()),
             view("endpointslices", w.slices.is_complete(), w.slices.len()),
+            view("pods", w.pods.is_complete(), w.pods.len()),
             view("nodes", w.nodes.is_complete(), w.nodes.len()),
             view("ciliumloadbalancerippools", w.pools.is_complete(), w.pools.len()),
             view("ciliuml2announcementpolicies", w.policies.is_complete(), w.policies.len()),
@@ -144,7 +145,7 @@ impl Answers {
             ("NodePort", format!("Enabled (Range: {}-{})", range.first, range.last)),
             ("LoadBalancer", enabled()),
             ("externalIPs", enabled()),
-            ("HostPort", "Disabled".into()),
+            ("HostPort", if config.services.kube_proxy_replacement { enabled() } else { "Disabled".into() }),
         ];
         KprView {
             enabled: config.services.kube_proxy_replacement,
@@ -172,9 +173,13 @@ impl Answers {
             listed.flat_map(|(area, texts)| texts.into_iter().map(move |text| format!("{area}: {text}"))).collect();
         lines.extend(self.source.health().problems.into_iter().map(|text| format!("source: {text}")));
         for (key, compiled) in self.world.compiled.rows() {
-            lines.extend(compiled.problems.iter().map(|problem| format!("Service {key}: {problem}")));
+            let (kind, object) = services::object_of(&key);
+            lines.extend(compiled.problems.iter().map(|problem| format!("{kind} {object}: {problem}")));
         }
-        lines.extend(self.world.unwritten.rows().into_iter().map(|(key, text)| format!("Service {key}: {text}")));
+        for (key, text) in self.world.unwritten.rows() {
+            let (kind, object) = services::object_of(&key);
+            lines.push(format!("{kind} {object}: {text}"));
+        }
         lines
     }
 
@@ -380,7 +385,7 @@ impl Api for Answers {
             .map(|list| format!("waiting for {}", list.kind))
             .collect();
         // Services do not wait for kinds that only addresses need.
-        reasons.retain(|reason| reason.contains("services") || reason.contains("endpointslices"));
+        reasons.retain(|reason| ["services", "endpointslices", "pods"].iter().any(|kind| reason.contains(kind)));
         if !self.programmed() {
             reasons.push("the first complete sync is not in the maps yet".into());
         }

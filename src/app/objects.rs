@@ -20,6 +20,7 @@ pub(super) fn get(world: &World, kind: &str, name: Option<&str>) -> Result<Vec<V
         "services" => rows(&world.services, name),
         "endpointslices" => rows(&world.slices, name),
         "nodes" => rows(&world.nodes, name),
+        "pods" => rows(&world.pods, name),
         "ciliumloadbalancerippools" => rows(&world.pools, name),
         "ciliuml2announcementpolicies" => rows(&world.policies, name),
         "leases" => rows(&world.leases, name),

@@ -57,6 +57,7 @@ fn plural(kind: &str) -> String {
         "svc" | "service" => "services",
         "eps" | "endpointslice" => "endpointslices",
         "no" | "node" => "nodes",
+        "po" | "pod" => "pods",
         "pool" | "pools" | "ippool" | "ippools" | "lbippool" | "lbippools" | "ciliumloadbalancerippool" => {
             "ciliumloadbalancerippools"
         }
@@ -100,6 +101,17 @@ fn columns(kind: &str, wide: bool) -> Vec<Column> {
             vec![LABELS],
         ),
         "nodes" => (vec![NAME, ("INTERNAL-IP", |o| each(o, "/status/addresses", internal_ip)), AGE], vec![LABELS]),
+        "pods" => (
+            vec![
+                NAMESPACE,
+                NAME,
+                ("STATUS", |o| text(o, "/status/phase").into()),
+                ("HOST PORTS", |o| each(o, "/spec/containers", |c| each(c, "/ports", host_port))),
+                ("IP", |o| each(o, "/status/podIPs", |ip| scalar(&ip["ip"]))),
+                AGE,
+            ],
+            vec![("NODE", |o| text(o, "/spec/nodeName").into())],
+        ),
         "ciliumloadbalancerippools" => (
             vec![
                 NAME,
@@ -184,6 +196,13 @@ fn ports(service: &Value) -> String {
             _ => format!("{}/{protocol}", scalar(&port["port"])),
         }
     })
+}
+
+/// `8080->80/TCP`, `127.0.0.1:8080->80/TCP`
+fn host_port(port: &Value) -> String {
+    let at = port["hostIP"].as_str().map(|ip| format!("{ip}:")).unwrap_or_default();
+    let protocol = port["protocol"].as_str().unwrap_or("TCP");
+    format!("{at}{}->{}/{protocol}", scalar(&port["hostPort"]), scalar(&port["containerPort"]))
 }
 
 fn internal_ip(address: &Value) -> String {

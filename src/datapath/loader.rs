@@ -15,7 +15,7 @@ use super::attach::{self, HookStatus, chain};
 use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
 use super::pin::{self, Migration, Pinned, Shape};
-use super::{MapStore, TABLES};
+use super::{MapStore, TABLES, sys};
 
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kinesin"));
@@ -140,6 +140,9 @@ pub enum LoadError {
     Object(String),
 }
 
+/// The programs' constant for the cookie of the node's network namespace.
+const NODE_NETNS: &str = "NODE_NETNS";
+
 /// The loaded programs. Dropping it leaves maps and hooks in the kernel, where they go on.
 pub struct Datapath {
     pub(super) ebpf: Ebpf,
@@ -194,6 +197,8 @@ impl Datapath {
             }
             loader.map_pin_path(name, path);
         }
+        let cookie = sys::own_netns_cookie().unwrap_or(0);
+        loader.override_global(NODE_NETNS, &cookie, false);
         let ebpf = loader.load(object).map_err(|error| LoadError::Object(chain(&error)))?;
 
         let cpus = aya::util::nr_cpus().map_or(1, |n| n.get() as usize);

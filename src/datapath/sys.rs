@@ -334,3 +334,23 @@ pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = IdAttr { id: link.as_raw_fd() as u32, ..Default::default() };
     call(Command::LinkDetach, &mut attr).map(drop)
 }
+
+/// The kernel's name for the network namespace of the calling thread, unique until the next boot.
+///
+/// # Errors
+/// Before Linux 5.14, which does not tell (`SO_NETNS_COOKIE`).
+pub(super) fn own_netns_cookie() -> io::Result<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}

@@ -13,7 +13,8 @@ mod status;
 use std::net::IpAddr;
 
 use futures::future::BoxFuture;
-use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pool, Service};
+use futures::{StreamExt, future};
+use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pod, Pool, Service};
 use serde::Serialize;
 
 pub use event::{Event, Events};
@@ -41,6 +42,8 @@ pub trait Source: Send + Sync + 'static {
     fn services(&self) -> Events<Service>;
     /// All EndpointSlices of the cluster.
     fn endpoint_slices(&self) -> Events<EndpointSlice>;
+    /// The Pods of one node that have host ports; others are read, but not delivered.
+    fn pods(&self, node: &str) -> Events<Pod>;
     /// All Nodes.
     fn nodes(&self) -> Events<Node>;
     /// All pools.
@@ -96,6 +99,26 @@ pub trait Source: Send + Sync + 'static {
 
     /// How the source is doing, for status and metrics.
     fn health(&self) -> SourceHealth;
+}
+
+/// Leaves of a stream the Pods of one node that have host ports, without what nobody reads.
+fn with_host_ports(events: Events<Pod>, node: &str) -> Events<Pod> {
+    let node = node.to_owned();
+    let ours = move |pod: &Pod| pod.spec.node_name == node && pod.has_host_ports();
+    let slim = |mut pod: Pod| {
+        pod.slim();
+        pod
+    };
+    let kept = move |event| {
+        future::ready(match event {
+            Event::InitApply(pod) => ours(&pod).then(|| Event::InitApply(slim(pod))),
+            Event::Apply(pod) if ours(&pod) => Some(Event::Apply(slim(pod))),
+            // It may have been ours in an earlier version, of a manifest at least.
+            Event::Apply(pod) => Some(Event::Delete(pod.key())),
+            other => Some(other),
+        })
+    };
+    events.filter_map(kept).boxed()
 }
 
 /// Why a write (or a direct read) did not happen.

@@ -20,8 +20,10 @@ const WINDOW: Duration = Duration::from_millis(20_500);
 const BOUND: Duration = Duration::from_secs(240);
 
 /// Actors that fall with each other; outside such groups each is alone.
-const GROUPS: [&[&str]; 2] =
-    [&["loader", "map_writer"], &["service_watcher", "endpoint_watcher", "endpoint_syncer", "status_writer"]];
+const GROUPS: [&[&str]; 2] = [
+    &["loader", "map_writer"],
+    &["service_watcher", "endpoint_watcher", "pod_watcher", "endpoint_syncer", "status_writer"],
+];
 
 /// The actor that answers on the admin socket.
 const HEALTH: &str = "health_server";

@@ -174,6 +174,39 @@ fn a_connection_to_a_service_reaches_its_backend_and_shows_the_service() {
 }
 
 #[test]
+fn a_pods_loopback_is_its_own_and_the_nodes_leads_to_node_ports_and_host_ports() {
+    isolated(|| {
+        let node = Node::new();
+        let host_port = value(FrontendKind::HostPort, frontend_flags::ROUTABLE, 1, 1);
+        let surrogate = Op::PutFrontend(frontend(Ipv4Addr::UNSPECIFIED, 8080, proto::TCP), host_port);
+        node.datapath.maps().apply(&[surrogate]).unwrap();
+        for port in [30_080, 8080] {
+            node.cgroup.run(|| TcpStream::connect(peer(Ipv4Addr::LOCALHOST, port)).map(drop).map_err(text));
+            node.tcp.accept().unwrap();
+        }
+        // A pod is in the node's cgroup, and has a network namespace of its own.
+        node.cgroup.run(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|error| text(error.into()))?;
+            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().map_err(text)?;
+            expect("ip link set lo up", up.success(), true)?;
+            for port in [30_080, 8080] {
+                let error = TcpStream::connect(peer(Ipv4Addr::LOCALHOST, port)).map(drop).map_err(|e| e.kind());
+                expect("the pod's own port", error, Err(std::io::ErrorKind::ConnectionRefused))?;
+                let own = TcpListener::bind(peer(Ipv4Addr::LOCALHOST, port)).map_err(text)?;
+                let mut stream = TcpStream::connect(peer(Ipv4Addr::LOCALHOST, port)).map_err(text)?;
+                let (mut accepted, _) = own.accept().map_err(text)?;
+                stream.write_all(b"mine").map_err(text)?;
+                drop(stream);
+                let mut said = String::new();
+                accepted.read_to_string(&mut said).map_err(text)?;
+                expect("what the pod told itself", said.as_str(), "mine")?;
+            }
+            Ok(())
+        });
+    });
+}
+
+#[test]
 fn datagrams_reach_the_backend_and_answers_come_from_the_service() {
     isolated(|| {
         let node = Node::new();

@@ -149,6 +149,11 @@ pub fn node_port_addresses(devices: &[&Device], node_ips: &[IpAddr], cidrs: &[Ip
     chosen
 }
 
+/// Every address of the node that something outside may connect to, whichever device has it.
+pub fn servable_addresses(devices: &[Device]) -> impl Iterator<Item = IpAddr> + '_ {
+    devices.iter().flat_map(|device| &device.addresses).map(|net| net.addr()).filter(|ip| is_servable(*ip))
+}
+
 fn is_servable(ip: IpAddr) -> bool {
     let link_local = match ip {
         IpAddr::V4(v4) => v4.is_link_local(),

@@ -8,6 +8,7 @@ mod l2_policy;
 mod lease;
 mod name;
 mod node;
+mod pod;
 mod pool;
 mod service;
 mod string_map;
@@ -22,6 +23,7 @@ pub use l2_policy::{L2Policy, L2PolicySpec, L2PolicyStatus};
 pub use lease::{Lease, LeaseSpec};
 pub use name::Name;
 pub use node::{Node, NodeAddress, NodeSpec, NodeStatus, Taint};
+pub use pod::{Container, ContainerPort, Pod, PodIp, PodSpec, PodStatus};
 pub use pool::{Pool, PoolBlock, PoolSpec, PoolStatus, YesNo};
 pub use service::{
     Affinity, ClientIpConfig, IngressEntry, LoadBalancerStatus, Service, ServicePort, ServiceSpec, ServiceStatus,

@@ -9,7 +9,7 @@ use super::image::{BackendKey, Image, Stages, key_of};
 use super::service::{Record, backend_keys, key_of_ref};
 use super::{Actual, Op};
 use crate::maglev::{HashSeed, protocol_name};
-use crate::services::{BackendRef, BackendSet, Compiled, ServiceKey, address_text};
+use crate::services::{BackendRef, BackendSet, Compiled, ServiceKey, address_text, object_of};
 
 /// Sizes of the maps, and what Maglev tables are made with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -262,9 +262,13 @@ impl Planner {
                 let address = address_text(IpAddr::from(frontend.addr), frontend.port.get());
                 let protocol = protocol_name(frontend.proto);
                 match self.service_of(frontend) {
-                    Some(owner) => format!(
-                        "address {address}/{protocol} is in use by service {owner}; give one of the two another address or port"
-                    ),
+                    Some(owner) => {
+                        let (kind, owner) = object_of(owner);
+                        format!(
+                            "address {address}/{protocol} is in use by {} {owner}; give one of the two another address or port",
+                            kind.to_lowercase()
+                        )
+                    }
                     None => format!("address {address}/{protocol} could not be taken over yet"),
                 }
             })

@@ -156,6 +156,11 @@ pub(super) fn select(all: &[BackendRef], keep: impl Fn(&BackendRef) -> bool) -> 
 /// A pod's address; IPv4-mapped IPv6 is read as IPv4, because the maps do not tell them apart.
 fn backend_address(address: &EndpointAddress) -> Result<IpAddr, &'static str> {
     let EndpointAddress::Ip(addr) = address else { return Err("is not an IP address") };
+    host_address(*addr)
+}
+
+/// The address of one host, in its own form.
+pub(super) fn host_address(addr: IpAddr) -> Result<IpAddr, &'static str> {
     let addr = addr.to_canonical();
     if addr.is_unspecified() || addr.is_multicast() || addr == IpAddr::from([255; 4]) {
         return Err("is not the address of one host");

@@ -1,13 +1,15 @@
 //! From Services and EndpointSlices to what clients can connect to.
 //!
 //! [`compile`] turns one Service and its slices into [`Compiled`], a pure function of its inputs; [`SliceIndex`] knows which
-//! slices belong to which Service, so that an edit recompiles that Service only; [`view`] is what people see of it.
+//! slices belong to which Service, so that an edit recompiles that Service only; [`host_ports`] does the same for pods'
+//! host ports; [`view`] is what people see of it.
 //! Deliberately absent: ids, slots and maps (see [`crate::plan`]), and anything that remembers earlier results.
 
 mod compile;
 mod endpoints;
 mod exposure;
 mod health;
+mod host_ports;
 mod index;
 mod problems;
 mod ranges;
@@ -16,6 +18,7 @@ mod view;
 
 pub use compile::{Algorithm, NodeContext, compile};
 pub use health::{HealthCheck, HealthPorts};
+pub use host_ports::{HostContext, host_ports, object_of};
 pub use index::SliceIndex;
 pub use view::{address_text, view};
 
@@ -138,7 +141,7 @@ pub struct BackendView {
     pub zone: SmolStr,
 }
 
-/// Key of the compiled table.
+/// Key of the compiled table: a Service's, or that of a pod's host port ([`object_of`] tells which).
 pub type ServiceKey = ObjectKey;
 
 #[cfg(test)]

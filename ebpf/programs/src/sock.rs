@@ -18,6 +18,11 @@ const DENY: i32 = 0;
 
 type Context = *mut bpf_sock_addr;
 
+/// Cookie of the agent's network namespace, set when the programs are loaded; 0 where the kernel does not tell it (before
+/// 5.14), and then the node is the initial namespace.
+#[unsafe(no_mangle)]
+static NODE_NETNS: u64 = 0;
+
 /// A socket's destination.
 #[derive(Clone, Copy)]
 struct Destination {
@@ -119,7 +124,7 @@ fn translate(ctx: Context, to: Destination) -> Result<Option<Destination>, NoBac
     if protocol != proto::TCP && protocol != proto::UDP {
         return Ok(None);
     }
-    let Some(frontend) = frontend(to, protocol) else { return Ok(None) };
+    let Some(frontend) = frontend(ctx, to, protocol) else { return Ok(None) };
     let (id, backend) = choose(ctx, frontend).ok_or(NoBackend)?;
     let key = socket_key(ctx, backend.addr, backend.port, protocol);
     let backend = Destination { addr: backend.addr, port: backend.port };
@@ -144,19 +149,34 @@ fn choose(ctx: Context, frontend: &FrontendValue) -> Option<(BackendId, &'static
     Some((chosen.id, chosen.backend))
 }
 
-/// The frontend of a destination. Loopback addresses lead to NodePorts, as they do with kube-proxy.
+/// The frontend of a destination. The node's loopback addresses lead to NodePorts and host ports, as they do with
+/// kube-proxy; those of a pod are the pod's own.
 #[inline(always)]
-fn frontend(to: Destination, protocol: u8) -> Option<&'static FrontendValue> {
+fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static FrontendValue> {
     if let Some(frontend) = lookup::frontend_exact(to.addr, to.port, protocol) {
         return (frontend.flags & frontend_flags::WILDCARD == 0).then_some(frontend);
     }
     let [first, ..] = to.addr.v4_raw().to_ne_bytes();
-    if first != 127 {
+    if first != 127 || !on_the_node(ctx) {
         return None;
     }
     let frontend = lookup::frontend_exact(Addr::from_v4_raw(0), to.port, protocol)?;
     let kind = frontend.flags & frontend_flags::KIND;
     (kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32).then_some(frontend)
+}
+
+/// Whether the socket is in the node's network namespace.
+#[inline(always)]
+fn on_the_node(ctx: Context) -> bool {
+    // SAFETY: the program's context.
+    let socket = unsafe { h::bpf_get_netns_cookie(ctx.cast()) };
+    // SAFETY: a constant of the loaded program; volatile, as the compiler knows only the value that it was built with.
+    let node = match unsafe { (&raw const NODE_NETNS).read_volatile() } {
+        // SAFETY: without a context the helper tells the initial namespace's.
+        0 => unsafe { h::bpf_get_netns_cookie(core::ptr::null_mut()) },
+        node => node,
+    };
+    socket == node
 }
 
 #[inline(always)]

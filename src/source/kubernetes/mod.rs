@@ -20,12 +20,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service};
+use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pod, Pool, Service};
 use smol_str::SmolStr;
 
 use self::servers::Servers;
 pub(super) use self::servers::chain;
 pub use self::servers::{ConnectError, KubernetesOptions};
+use self::watch::Selection;
 use self::wire::Kind;
 use super::{Events, IPAM_CONDITION, LEASE_LABEL, LEASE_LABEL_VALUE, Source, SourceHealth, WriteError};
 
@@ -118,7 +119,7 @@ impl KubernetesSource {
     }
 
     fn events<T: Kind>(&self) -> Events<T> {
-        watch::events(self.shared.clone(), path::<T>(None), None)
+        watch::events(self.shared.clone(), path::<T>(None), Selection::default())
     }
 }
 
@@ -135,6 +136,12 @@ impl Source for KubernetesSource {
         self.events()
     }
 
+    fn pods(&self, node: &str) -> Events<Pod> {
+        // The API server indexes pods by node: neither it nor we look at those of other nodes.
+        let selection = Selection { labels: None, fields: Some(format!("spec.nodeName={node}")) };
+        super::with_host_ports(watch::events(self.shared.clone(), path::<Pod>(None), selection), node)
+    }
+
     fn nodes(&self) -> Events<Node> {
         self.events()
     }
@@ -148,8 +155,9 @@ impl Source for KubernetesSource {
     }
 
     fn leases(&self) -> Events<Lease> {
-        let labels = format!("{LEASE_LABEL}={LEASE_LABEL_VALUE}");
-        watch::events(self.shared.clone(), path::<Lease>(Some(&self.shared.namespace)), Some(labels))
+        let labels = Some(format!("{LEASE_LABEL}={LEASE_LABEL_VALUE}"));
+        let selection = Selection { labels, fields: None };
+        watch::events(self.shared.clone(), path::<Lease>(Some(&self.shared.namespace)), selection)
     }
 
     fn write_service_status<'a>(

@@ -53,7 +53,7 @@ enum Phase {
 struct Watcher<T> {
     shared: Arc<Shared>,
     path: String,
-    labels: Option<String>,
+    selection: Selection,
     phase: Phase,
     streaming: bool,
     queue: VecDeque<Event<T>>,
@@ -72,12 +72,19 @@ enum Ended {
     Failed(String),
 }
 
-/// Follows the objects at `path`, those with `labels` only.
-pub(super) fn events<T: Kind>(shared: Arc<Shared>, path: String, labels: Option<String>) -> Events<T> {
+/// Which of the objects at a path are followed, by the API's selectors; all of them without.
+#[derive(Clone, Default)]
+pub(super) struct Selection {
+    pub(super) labels: Option<String>,
+    pub(super) fields: Option<String>,
+}
+
+/// Follows the selected objects at `path`.
+pub(super) fn events<T: Kind>(shared: Arc<Shared>, path: String, selection: Selection) -> Events<T> {
     let watcher = Watcher {
         shared,
         path,
-        labels,
+        selection,
         phase: Phase::Start,
         streaming: true,
         queue: VecDeque::new(),
@@ -116,7 +123,8 @@ impl<T: Kind> Watcher<T> {
 
     fn watch_params(&self, streaming: bool) -> WatchParams {
         WatchParams {
-            label_selector: self.labels.clone(),
+            label_selector: self.selection.labels.clone(),
+            field_selector: self.selection.fields.clone(),
             timeout: Some(rand::rng().random_range(WATCH_SECONDS)),
             bookmarks: true,
             send_initial_events: streaming,
@@ -199,7 +207,8 @@ impl<T: Kind> Watcher<T> {
 
     async fn page(&mut self, next: String, first: bool) -> Phase {
         let params = ListParams {
-            label_selector: self.labels.clone(),
+            label_selector: self.selection.labels.clone(),
+            field_selector: self.selection.fields.clone(),
             limit: Some(PAGE),
             continue_token: Some(next.clone()).filter(|token| !token.is_empty()),
             ..ListParams::default()

@@ -4,7 +4,7 @@
 //! find out which object it was, where it is wrong, and to keep the rest.
 
 use kinesin_core::objects::{
-    EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, SERVICE_NAME_LABEL, Service, null_default,
+    EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pod, Pool, SERVICE_NAME_LABEL, Service, null_default,
 };
 use kube::core::Status;
 use serde::Deserialize;
@@ -52,6 +52,7 @@ impl Kind for EndpointSlice {
     }
 }
 impl Kind for Node {}
+impl Kind for Pod {}
 impl Kind for Lease {}
 
 /// An object that cannot be used.
@@ -356,6 +357,9 @@ mod tests {
             "ready",
             "hints",
             "forZones",
+            "containers",
+            "hostPort",
+            "podIPs",
         ]);
         leaf.prop_recursive(5, 48, 6, move |inner| {
             prop_oneof![
@@ -388,6 +392,7 @@ mod tests {
             all::<Service>(&text, &list);
             all::<EndpointSlice>(&text, &list);
             all::<Node>(&text, &list);
+            all::<Pod>(&text, &list);
             all::<Pool>(&text, &list);
             all::<L2Policy>(&text, &list);
             all::<Lease>(&text, &list);

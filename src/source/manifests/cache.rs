@@ -63,6 +63,7 @@ impl AnyObject {
             Self::Service(object) => of(object),
             Self::EndpointSlice(object) => of(object),
             Self::Node(object) => of(object),
+            Self::Pod(object) => of(object),
             Self::Pool(object) => of(object),
             Self::L2Policy(object) => of(object),
         }

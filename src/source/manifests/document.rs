@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use kinesin_core::objects::{EndpointSlice, L2Policy, Meta, Node, ObjectKey, Pool, Service};
+use kinesin_core::objects::{EndpointSlice, L2Policy, Meta, Node, ObjectKey, Pod, Pool, Service};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value as Json;
@@ -239,6 +239,7 @@ fn read_document(file: &str, tree: &Tree, item_kind: Option<(&str, &str)>, readi
         "Service" => read_object::<Service>(file, tree, version, reading),
         "EndpointSlice" => read_object::<EndpointSlice>(file, tree, version, reading),
         "Node" => read_object::<Node>(file, tree, version, reading),
+        "Pod" => read_object::<Pod>(file, tree, version, reading),
         "CiliumLoadBalancerIPPool" => read_object::<Pool>(file, tree, version, reading),
         "CiliumL2AnnouncementPolicy" => read_object::<L2Policy>(file, tree, version, reading),
         _ => reading.notes.push(Problem {
@@ -344,5 +345,8 @@ fn one_line(text: &str) -> String {
 
 /// Whether objects of this kind are read from manifests.
 pub(super) fn is_known_kind(kind: &str) -> bool {
-    matches!(kind, "Service" | "EndpointSlice" | "Node" | "CiliumLoadBalancerIPPool" | "CiliumL2AnnouncementPolicy")
+    matches!(
+        kind,
+        "Service" | "EndpointSlice" | "Node" | "Pod" | "CiliumLoadBalancerIPPool" | "CiliumL2AnnouncementPolicy"
+    )
 }

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use kinesin_core::objects::{
-    Affinity, EndpointSlice, L2Policy, Lease, Node, Object, Pool, Service, ServiceType, SessionAffinityConfig,
+    Affinity, EndpointSlice, L2Policy, Lease, Node, Object, Pod, Pool, Service, ServiceType, SessionAffinityConfig,
     TargetPort,
 };
 use serde::Serialize;
@@ -22,6 +22,7 @@ pub(super) enum AnyObject {
     Service(Arc<Service>),
     EndpointSlice(Arc<EndpointSlice>),
     Node(Arc<Node>),
+    Pod(Arc<Pod>),
     Pool(Arc<Pool>),
     L2Policy(Arc<L2Policy>),
 }
@@ -136,6 +137,30 @@ impl Kind for Node {
 
     fn table(snapshot: &Snapshot) -> &Table<Self> {
         &snapshot.nodes
+    }
+}
+
+impl Kind for Pod {
+    /// Nobody but the manifest says how a pod is: one that is written down runs, unless it says otherwise.
+    fn complete(&mut self) {
+        normalise(self);
+        if self.status.phase.is_empty() {
+            self.status.phase = SmolStr::new_static("Running");
+        }
+        let containers = self.spec.containers.iter_mut().chain(&mut self.spec.init_containers);
+        containers.flat_map(|container| &mut container.ports).for_each(|port| default_protocol(&mut port.protocol));
+    }
+
+    fn wrap(self) -> Option<AnyObject> {
+        Some(AnyObject::Pod(Arc::new(self)))
+    }
+
+    fn unwrap(any: &AnyObject) -> Option<&Arc<Self>> {
+        if let AnyObject::Pod(object) = any { Some(object) } else { None }
+    }
+
+    fn table(snapshot: &Snapshot) -> &Table<Self> {
+        &snapshot.pods
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Makes Kinesin a load balancer for hosts without Kubernetes. Read are `*.yaml`, `*.yml` and `*.json` directly in the
 //! directory (no subdirectories), with several documents a file and Lists. What the API server would fill in is filled in:
-//! namespace `default`, protocol `TCP`, `targetPort` = `port`, the affinity timeout. What it would allocate is not: cluster
+//! namespace `default`, protocol `TCP`, `targetPort` = `port`, the affinity timeout, a pod's phase `Running`. What it would allocate is not: cluster
 //! IPs and node ports exist where the manifest names them. A `status` in a manifest counts until one was written.
 //!
 //! Several agents of one host may share both directories; then they are a cluster. Deliberately absent: any knowledge of who
@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pool, Service};
+use kinesin_core::objects::{Condition, EndpointSlice, L2Policy, Lease, Node, Object, ObjectKey, Pod, Pool, Service};
 use tokio::sync::watch;
 
 pub(super) use self::document::explain;
@@ -232,6 +232,10 @@ impl Source for ManifestsSource {
 
     fn endpoint_slices(&self) -> Events<EndpointSlice> {
         self.events()
+    }
+
+    fn pods(&self, node: &str) -> Events<Pod> {
+        super::with_host_ports(self.events(), node)
     }
 
     fn nodes(&self) -> Events<Node> {

@@ -260,6 +260,7 @@ impl Scanner {
             policies: self.policies.update(of(&objects), &self.policy_status.table()),
             endpoint_slices: table(&objects),
             nodes: table(&objects),
+            pods: table(&objects),
             leases: self.leases.table(),
             problems,
             notes,

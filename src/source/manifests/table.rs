@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pool, Service};
+use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
 
 use super::document::Problem;
 use super::kinds::Kind;
@@ -18,6 +18,7 @@ pub(super) struct Snapshot {
     pub(super) services: Table<Service>,
     pub(super) endpoint_slices: Table<EndpointSlice>,
     pub(super) nodes: Table<Node>,
+    pub(super) pods: Table<Pod>,
     pub(super) pools: Table<Pool>,
     pub(super) policies: Table<L2Policy>,
     pub(super) leases: Table<Lease>,
@@ -39,8 +40,8 @@ impl Snapshot {
 }
 
 /// Kinds whose problems are told by a stream of their own.
-const OWN_STREAM: [&str; 5] =
-    ["EndpointSlice", "Node", "CiliumLoadBalancerIPPool", "CiliumL2AnnouncementPolicy", "Lease"];
+const OWN_STREAM: [&str; 6] =
+    ["EndpointSlice", "Node", "Pod", "CiliumLoadBalancerIPPool", "CiliumL2AnnouncementPolicy", "Lease"];
 
 /// The first events of a stream: a complete list, and what is wrong with it.
 pub(super) fn initial<T: Kind>(now: &Snapshot) -> Vec<Event<T>> {

@@ -174,6 +174,7 @@ fn almost_good() -> impl Strategy<Value = serde_json::Value> {
     let kinds = prop::sample::select(vec![
         ("v1", "Service"),
         ("v1", "Node"),
+        ("v1", "Pod"),
         ("discovery.k8s.io/v1", "EndpointSlice"),
         ("cilium.io/v2alpha1", "CiliumLoadBalancerIPPool"),
         ("cilium.io/v2alpha1", "CiliumL2AnnouncementPolicy"),

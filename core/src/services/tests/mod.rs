@@ -2,6 +2,7 @@
 
 mod exposure;
 mod health;
+mod host_ports;
 mod index;
 mod rules;
 mod topology;
