@@ -7,6 +7,8 @@
 mod fixture;
 #[path = "cluster/guide.rs"]
 mod guide;
+#[path = "cluster/host_ports.rs"]
+mod host_ports;
 #[path = "cluster/outages.rs"]
 mod outages;
 #[path = "cluster/restarts.rs"]

@@ -74,6 +74,10 @@ impl Rig {
         std::fs::rename(early, dir.join(format!("{name}.json"))).unwrap();
     }
 
+    pub(crate) fn remove(&self, name: &str) {
+        std::fs::remove_file(self.lab.manifests_dir().join(format!("{name}.json"))).unwrap();
+    }
+
     /// Writes a Node with its address and this `spec`.
     pub(crate) fn put_node(&self, number: usize, spec: &Value) {
         let node = self.lab.node(number);
