@@ -128,7 +128,6 @@ impl<T: Kind> Watcher<T> {
             timeout: Some(rand::rng().random_range(WATCH_SECONDS)),
             bookmarks: true,
             send_initial_events: streaming,
-            ..WatchParams::default()
         }
     }
 
