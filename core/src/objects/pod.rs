@@ -3,22 +3,49 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::{Meta, null_default, object};
+use super::{Meta, StringMap, null_default, object};
 
 /// A Pod.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(from = "Written")]
 pub struct Pod {
     /// `metadata`
-    #[serde(deserialize_with = "null_default")]
     pub metadata: Meta,
+    /// `metadata.uid`: tells a pod from a successor of the same name. Other kinds are known by their names.
+    #[serde(skip_serializing)]
+    pub uid: SmolStr,
     /// `spec`
-    #[serde(deserialize_with = "null_default")]
     pub spec: PodSpec,
     /// `status`
-    #[serde(deserialize_with = "null_default")]
     pub status: PodStatus,
 }
+
+/// A Pod as it is written: the uid is among the metadata.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Written {
+    #[serde(deserialize_with = "null_default")]
+    metadata: MetaWithUid,
+    #[serde(deserialize_with = "null_default")]
+    spec: PodSpec,
+    #[serde(deserialize_with = "null_default")]
+    status: PodStatus,
+}
+
+#[derive(Default, Deserialize)]
+struct MetaWithUid {
+    #[serde(flatten)]
+    meta: Meta,
+    #[serde(default, deserialize_with = "null_default")]
+    uid: SmolStr,
+}
+
+impl From<Written> for Pod {
+    fn from(Written { metadata: MetaWithUid { meta, uid }, spec, status }: Written) -> Self {
+        Self { metadata: meta, uid, spec, status }
+    }
+}
+
 object!(Pod, "Pod", ["v1"], "pods", namespaced: true);
 
 /// `spec`.
@@ -115,8 +142,8 @@ impl Pod {
 
     /// Drops what nobody here reads: labels, annotations, ports without host port, containers without such.
     pub fn slim(&mut self) {
-        self.metadata.labels.clear();
-        self.metadata.annotations.clear();
+        self.metadata.labels = StringMap::default();
+        self.metadata.annotations = StringMap::default();
         for containers in [&mut self.spec.containers, &mut self.spec.init_containers] {
             for container in containers.iter_mut() {
                 container.ports.retain(|port| port.host_port != 0);

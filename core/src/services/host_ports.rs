@@ -29,7 +29,7 @@ const MARK: &str = ":host-port:";
 /// the uid a successor of the same name is something else.
 fn key(pod: &Pod, port: u16) -> ServiceKey {
     let meta = &pod.metadata;
-    ServiceKey::new(meta.namespace.clone(), format!("{}{MARK}{port}:{}", meta.name, meta.uid))
+    ServiceKey::new(meta.namespace.clone(), format!("{}{MARK}{port}:{}", meta.name, pod.uid))
 }
 
 /// Whose a key of the compiled table is: kind and key of the object, a `Service` or a `Pod`.
@@ -63,7 +63,7 @@ pub fn host_ports<'a>(
         .collect();
     running.sort_by_key(|pod| {
         let meta = &pod.metadata;
-        (meta.deletion_timestamp.is_some(), &meta.creation_timestamp, &meta.namespace, &meta.name, &meta.uid)
+        (meta.deletion_timestamp.is_some(), &meta.creation_timestamp, &meta.namespace, &meta.name, &pod.uid)
     });
     let mut out: BTreeMap<ServiceKey, (Compiled, Problems)> = BTreeMap::new();
     let mut taken: BTreeMap<(IpAddr, u16, u8), ServiceKey> = BTreeMap::new();
@@ -104,8 +104,8 @@ pub fn host_ports<'a>(
                         proto,
                         state: backends.state,
                         local: true,
-                        node: node.name.clone(),
-                        zone: node.zone.clone(),
+                        node: node.name.as_str().into(),
+                        zone: node.zone.as_str().into(),
                     };
                     let set = BackendSet { backends: [backend].into(), usable: 1 };
                     let index = compiled.sets.iter().position(|known| *known == set).unwrap_or_else(|| {

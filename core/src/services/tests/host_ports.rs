@@ -212,8 +212,8 @@ fn sidecars_serve_and_other_init_containers_do_not() {
 #[test]
 fn a_kept_pod_is_small() {
     let mut web = pod("web", json!([{"name": "http", "containerPort": 80, "hostPort": 8080}, {"containerPort": 81}]));
-    web.metadata.labels.insert("app".into(), "web".into());
-    web.metadata.annotations.insert("a".into(), "b".into());
+    web.metadata.labels = serde_json::from_value(json!({"app": "web"})).expect("labels");
+    web.metadata.annotations = serde_json::from_value(json!({"a": "b"})).expect("annotations");
     web.spec.containers.push(serde_json::from_value(json!({"name": "other", "ports": []})).expect("a container"));
     assert!(web.has_host_ports());
     web.slim();
