@@ -21,6 +21,8 @@ mod hooks;
 mod icmp;
 #[path = "datapath/maps.rs"]
 mod maps;
+#[path = "datapath/odd.rs"]
+mod odd;
 #[path = "datapath/packets.rs"]
 mod packets;
 #[path = "datapath/programs.rs"]

@@ -53,7 +53,9 @@ impl Filter {
 
     /// Whether its device has gone, and the filter with it.
     pub(crate) fn has_no_device(self) -> bool {
-        nix::net::if_::if_indextoname(self.ifindex).is_err()
+        let mut name = [0; libc::IF_NAMESIZE];
+        // SAFETY: the buffer has the room that the call needs. (nix's wrapper takes its null for a success.)
+        unsafe { libc::if_indextoname(self.ifindex, name.as_mut_ptr()).is_null() }
     }
 
     /// Removes it. A device that has gone has taken its filters along, and what somebody else has removed is gone too.

@@ -95,19 +95,23 @@ fn the_next_agent_replaces_the_programs_inside_the_links_it_finds() {
 
 #[test]
 fn the_pin_of_a_device_that_has_gone_is_forgotten() {
-    isolated(|| {
-        network();
-        let root = BpfRoot::new();
-        let mut datapath = load(&root);
-        let old = ifindex(LAN);
-        datapath.attach_device(LAN, old).unwrap();
-        ip("link del lan0");
-        ip("link add lan0 type veth peer name lan1");
-        assert!(datapath.attach_device(LAN, ifindex(LAN)).unwrap().ingress.is_ok());
-        drop(datapath);
-        let _ = load(&root);
-        assert!(!is_pinned(&root, old) && is_pinned(&root, ifindex(LAN)));
-    });
+    for attach in [AttachMode::Auto, AttachMode::Clsact] {
+        isolated(move || {
+            network();
+            let root = BpfRoot::new();
+            let options = LoadOptions { attach, ..options(root.path()) };
+            let mut datapath = Datapath::load(&options).unwrap();
+            let old = ifindex(LAN);
+            datapath.attach_device(LAN, old).unwrap();
+            ip("link del lan0");
+            ip("link add lan0 type veth peer name lan1");
+            assert!(datapath.attach_device(LAN, ifindex(LAN)).unwrap().ingress.is_ok());
+            assert!(is_pinned(&root, old));
+            drop(datapath);
+            let _ = Datapath::load(&options).unwrap();
+            assert!(!is_pinned(&root, old) && is_pinned(&root, ifindex(LAN)));
+        });
+    }
 }
 
 #[test]

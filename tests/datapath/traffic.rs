@@ -56,7 +56,7 @@ impl Host {
         self.jobs.as_ref().expect("open until dropped").send(Box::new(job)).expect("the thread lives");
     }
 
-    fn ip(&self, arguments: &'static [&'static str]) {
+    pub(crate) fn ip(&self, arguments: &'static [&'static str]) {
         self.run(|| arguments.iter().for_each(|line| ip(line)));
     }
 }
@@ -93,9 +93,9 @@ fn echo(at: (Ipv4Addr, u16)) {
 
 pub(crate) struct Lan {
     pub(crate) client: Host,
-    _pod: Host,
-    _second: Host,
-    _switch: Host,
+    pub(crate) pod: Host,
+    pub(crate) second: Host,
+    pub(crate) switch: Host,
     pub(crate) datapath: Option<Datapath>,
     pub(crate) root: BpfRoot,
 }
@@ -130,7 +130,7 @@ impl Lan {
         echo((NODE, 8080));
 
         let root = BpfRoot::new();
-        let mut lan = Self { client, _pod: pod, _second: second, _switch: switch, datapath: None, root };
+        let mut lan = Self { client, pod, second, switch, datapath: None, root };
         lan.start_agent();
         let maps = lan.datapath.as_ref().unwrap().maps();
         maps.write_settings(&settings()).unwrap();
@@ -306,9 +306,9 @@ fn replies_find_their_way_through_a_smaller_mtu() {
             ip("route add 192.168.1.50/32 dev lan0 mtu lock 1300");
             lan.client.run(move || exchange(&connect(port).unwrap(), 1 << 20));
             let (host, line) = if port == TO_LOCAL {
-                (&lan._pod, "ip route get 192.168.1.50")
+                (&lan.pod, "ip route get 192.168.1.50")
             } else {
-                (&lan._second, "ip route get 192.168.1.10")
+                (&lan.second, "ip route get 192.168.1.10")
             };
             let routes = command(host, line);
             assert!(routes.contains("mtu 1300"), "the backend knows the way's MTU: {routes}");
@@ -323,7 +323,7 @@ fn a_router_behind_the_node_is_heard_by_the_client() {
         // The second node becomes a router, with the backend behind a narrower link.
         let far = Host::new();
         let netns = far.netns.clone();
-        lan._second.run(move || {
+        lan.second.run(move || {
             ip("addr del 10.42.2.5/32 dev lo");
             ip(&format!("link add far0 mtu 1280 type veth peer name eth0 mtu 1280 netns {netns}"));
             ip("link set far0 up");

@@ -354,9 +354,6 @@ fn a_thousand_equal_faults_are_summed_up() {
 }
 
 #[test]
-fn source_ranges_are_not_silently_ignored() {}
-
-#[test]
 fn mapped_addresses_are_their_ipv4_address() {
     let web = service(json!({"clusterIPs": ["10.96.0.1", "::ffff:10.96.0.1"], "ports": ports()}));
     let mut slice = http(&["::ffff:10.42.0.1"]);
