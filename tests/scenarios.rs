@@ -14,18 +14,47 @@ mod support;
 mod agent;
 #[path = "scenarios/case.rs"]
 mod case;
+#[path = "scenarios/edits.rs"]
+mod edits;
 #[path = "scenarios/feed.rs"]
 mod feed;
 #[path = "scenarios/kernel.rs"]
 mod kernel;
+#[path = "scenarios/latency.rs"]
+mod latency;
+#[path = "scenarios/odd.rs"]
+mod odd;
+#[path = "scenarios/property.rs"]
+mod property;
 #[path = "scenarios/run.rs"]
 mod run;
+#[path = "scenarios/schema.rs"]
+mod schema;
 #[path = "scenarios/shared.rs"]
 mod shared;
 
 use libtest_mimic::{Arguments, Trial};
 
 use feed::SourceKind;
+
+/// What is no case file.
+const TESTS: [(&str, fn() -> anyhow::Result<()>); 9] = [
+    ("r40_edits_end_as_if_created_so", edits::r40_edits_end_as_if_created_so),
+    (
+        "r56_a_single_change_goes_at_once_and_a_burst_in_batches",
+        latency::r56_a_single_change_goes_at_once_and_a_burst_in_batches,
+    ),
+    ("r38_odd_slices_and_nodes_in_manifests", odd::r38_odd_slices_and_nodes_in_manifests),
+    ("r38_odd_slices_and_nodes_of_an_api_server", odd::r38_odd_slices_and_nodes_of_an_api_server),
+    ("r38_odd_values_in_this_nodes_own_object", odd::r38_odd_values_in_this_nodes_own_object),
+    ("r39_odd_services_in_manifests", odd::r39_odd_services_in_manifests),
+    ("r39_odd_services_of_an_api_server", odd::r39_odd_services_of_an_api_server),
+    ("r39_annotation_flips_on_a_live_service_in_manifests", odd::r39_annotation_flips_on_a_live_service_in_manifests),
+    (
+        "r39_annotation_flips_on_a_live_service_of_an_api_server",
+        odd::r39_annotation_flips_on_a_live_service_of_an_api_server,
+    ),
+];
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -35,6 +64,9 @@ fn main() {
             let (name, path) = (format!("{}::{kind}", case::name(&path)), path.clone());
             trials.push(Trial::test(name, move || run::case(&path, kind).map_err(|error| format!("{error:#}").into())));
         }
+    }
+    for (name, test) in TESTS {
+        trials.push(Trial::test(name, move || test().map_err(|error| format!("{error:#}").into())));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::close();

@@ -180,8 +180,8 @@ fn packets_to_others_and_other_protocols_are_left_alone() {
 }
 
 #[test]
-fn a_frame_for_another_mac_is_left_alone() {
-    // R55: several nodes see a flooded frame, one is addressed.
+fn r55_a_frame_for_another_mac_is_left_alone() {
+    // Several nodes see a flooded frame, one is addressed.
     isolated(|| {
         let mut rig = Rig::new();
         let mut flooded = tcp((CLIENT, 40_000), (VIP, TO_LOCAL), SYN);

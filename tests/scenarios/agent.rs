@@ -60,6 +60,8 @@ const POLICY: Policy = Policy {
     grace: Duration::from_secs(2),
 };
 
+const KERNEL_WRITER: &str = "map_writer_kernel";
+
 pub struct Agent {
     pub world: World,
     /// With maps of its own; all other levels are `world`'s.
@@ -201,6 +203,21 @@ impl Agent {
         })
     }
 
+    /// Whether an object has arrived.
+    pub fn has(&self, kind: &str, key: &ObjectKey) -> bool {
+        self.meta(&(kind.to_owned(), key.namespace.to_string(), key.name.to_string())).is_some()
+    }
+
+    /// Contents of an object's labels and annotations, to tell its versions apart.
+    pub fn meta_of(&self, kind: &str, key: &ObjectKey) -> Option<Meta> {
+        self.meta(&(kind.to_owned(), key.namespace.to_string(), key.name.to_string()))
+    }
+
+    /// What the source says is wrong with its input.
+    pub fn source_problems(&self) -> Vec<String> {
+        self.source.health().problems
+    }
+
     fn meta(&self, (kind, namespace, name): &Key) -> Option<Meta> {
         let key = ObjectKey::new(namespace.as_str(), name.as_str());
         let world = &self.world;
@@ -249,6 +266,7 @@ impl Agent {
         let sections = [
             ("services", self.services()),
             ("maps", memory),
+            ("health", self.health()),
             ("problems", self.problems()),
             ("statuses", self.statuses()),
         ];
@@ -300,6 +318,18 @@ impl Agent {
         lines
     }
 
+    /// What is answered on health-check node ports.
+    fn health(&self) -> Vec<String> {
+        let checks = self.world.health_checks.rows().into_iter();
+        checks.map(|(key, check)| format!("{key} port={} localEndpoints={}", check.port, check.local)).collect()
+    }
+
+    /// Messages that the writer of the kernel's maps has handled.
+    pub fn syncs(&self) -> u64 {
+        let writer = self.tree.root().find(KERNEL_WRITER).expect("it is in the tree");
+        writer.stats().messages.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// As `kinesin dump services` has it.
     fn maps_text(&self, store: &dyn MapStore) -> Result<Vec<String>> {
         let rows = meaning_rows(&store.read()?.meaning()).into_iter();
@@ -348,8 +378,9 @@ impl Agent {
         found
     }
 
-    pub async fn stop(self) {
+    pub async fn stop(self) -> Result<()> {
         self.tree.stop().await;
+        self.kernel.give_back()
     }
 }
 
@@ -402,7 +433,7 @@ fn tree(world: &World, kernel_world: &World, source: &Arc<dyn Source>, config: C
             watcher!(PoolWatcher, "pool_watcher", pools, pools),
             Child::actor::<EndpointSyncer>(&Address::new("endpoint_syncer"), w(world)),
             Child::actor::<MapWriter>(&Address::new("map_writer_memory"), w(world)),
-            Child::actor::<MapWriter>(&Address::new("map_writer_kernel"), w(kernel_world)),
+            Child::actor::<MapWriter>(&Address::new(KERNEL_WRITER), w(kernel_world)),
             Child::actor::<LbIpam>(&Address::new("lb_ipam"), ws()),
             Child::actor::<StatusWriter>(&Address::new("status_writer"), ws()),
         ],

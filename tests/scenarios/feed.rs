@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -113,11 +113,7 @@ impl Feed {
                 for key in delete {
                     objects.remove(key).with_context(|| format!("{key:?} is not there to be deleted"))?;
                 }
-                // JSON is YAML. The name begins with a dot so that nothing is read before it is whole.
-                let text: String = objects.values().map(|object| format!("---\n{object}\n")).collect();
-                let (unfinished, finished) = (path(manifests, ".objects.tmp"), path(manifests, "objects.yaml"));
-                std::fs::write(&unfinished, text)?;
-                std::fs::rename(unfinished, finished)?;
+                write_all(manifests, objects)?;
             }
             To::Server { client, applied, .. } => {
                 for object in stamped {
@@ -137,6 +133,16 @@ impl Feed {
         Ok(written)
     }
 
+    /// Writes an object into the directory with nothing added; what it says of itself is not looked at.
+    ///
+    /// # Errors
+    /// This is no directory.
+    pub fn write_as_is(&mut self, object: &Value) -> Result<()> {
+        let To::Directory { manifests, objects, .. } = &mut self.to else { bail!("only files take anything") };
+        objects.insert(key_of(object), object.clone());
+        write_all(manifests, objects)
+    }
+
     /// Everything that was written and not deleted.
     pub fn objects(&self) -> Vec<Key> {
         match &self.to {
@@ -146,8 +152,15 @@ impl Feed {
     }
 }
 
-fn path(dir: &TempDir, name: &str) -> PathBuf {
-    dir.path().join(name)
+fn write_all(dir: &TempDir, objects: &BTreeMap<Key, Value>) -> Result<()> {
+    // JSON is YAML.
+    replace(dir.path(), &objects.values().map(|object| format!("---\n{object}\n")).collect::<String>())
+}
+
+/// Makes this the only file of the directory, at once: nothing that begins with a dot is read.
+pub fn replace(dir: &Path, text: &str) -> Result<()> {
+    std::fs::write(dir.join(".objects.tmp"), text)?;
+    Ok(std::fs::rename(dir.join(".objects.tmp"), dir.join("objects.yaml"))?)
 }
 
 /// Namespaced objects without a namespace are in `default`, as kubectl has it.
@@ -165,7 +178,7 @@ fn is_namespaced(kind: &str) -> bool {
     matches!(kind, "Service" | "EndpointSlice" | "Pod")
 }
 
-fn path_of((kind, namespace, name): &Key) -> Result<String> {
+pub fn path_of((kind, namespace, name): &Key) -> Result<String> {
     let (root, plural) = match kind.as_str() {
         "Service" => ("/api/v1", "services"),
         "Pod" => ("/api/v1", "pods"),

@@ -37,37 +37,32 @@ pub fn limits() -> Limits {
     }
 }
 
-/// Empty maps, for as long as this lives.
-pub struct Borrowed {
-    maps: Option<Arc<KernelMaps>>,
-}
+/// Empty maps. Those that are not given back, because a test failed and nobody knows who still writes to them, end here.
+pub struct Borrowed(Arc<KernelMaps>);
 
 static IDLE: Mutex<Vec<Arc<KernelMaps>>> = Mutex::new(Vec::new());
 
 /// Maps that nobody else uses.
 pub fn borrow() -> Borrowed {
     let idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner).pop();
-    Borrowed { maps: Some(idle.unwrap_or_else(made)) }
+    Borrowed(idle.unwrap_or_else(made))
 }
 
 impl Borrowed {
     pub fn maps(&self) -> &Arc<KernelMaps> {
-        self.maps.as_ref().expect("taken by drop alone")
+        &self.0
     }
-}
 
-impl Drop for Borrowed {
-    fn drop(&mut self) {
-        let maps = self.maps.take().expect("dropped once");
-        // After a failure nobody knows what is in them.
-        if !std::thread::panicking() && empty(&maps).is_ok() {
-            IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(maps);
-        }
+    /// For the next one. Nobody may write to them any more.
+    pub fn give_back(self) -> anyhow::Result<()> {
+        empty(&self.0)?;
+        IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+        Ok(())
     }
 }
 
 /// As a restarted agent does with what nobody wants any more.
-fn empty(maps: &KernelMaps) -> anyhow::Result<()> {
+pub fn empty(maps: &KernelMaps) -> anyhow::Result<()> {
     let mut planner = Planner::new(limits());
     maps.apply(&planner.adopt(maps.read()?))?;
     maps.apply(&planner.prune())?;

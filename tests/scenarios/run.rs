@@ -67,7 +67,7 @@ async fn steps(case: Case, kind: SourceKind, rewrite: bool) -> Result<Vec<String
         let failures = agent.failures();
         ensure!(failures.is_empty(), "actors failed: {failures:#?}");
     }
-    agent.stop().await;
+    agent.stop().await?;
     outcome.map(|()| seen)
 }
 

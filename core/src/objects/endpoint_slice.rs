@@ -140,9 +140,15 @@ pub struct EndpointPort {
     /// `TCP` when absent.
     #[serde(skip_serializing_if = "SmolStr::is_empty", deserialize_with = "null_default")]
     pub protocol: SmolStr,
-    /// Absent means "all ports", which no Service uses.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Absent means "all ports", which no Service uses. 0 where the number is no port: the API server takes any 32 bits,
+    /// and one of them shall not cost the slice.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "port_number")]
     pub port: Option<u16>,
+}
+
+fn port_number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
+    let number = Option::<i32>::deserialize(deserializer)?;
+    Ok(number.map(|number| u16::try_from(number).unwrap_or(0)))
 }
 
 impl EndpointSlice {

@@ -250,3 +250,11 @@ fn r36_any_one_field_may_be_null() {
     }));
     check::<Lease>(&json!({"metadata": meta, "spec": {"holderIdentity": "a", "leaseDurationSeconds": 1}}));
 }
+
+#[test]
+fn r38_a_number_that_is_no_port_does_not_cost_the_slice() {
+    let ports = json!([{"port": -1}, {"port": 65_536}, {"port": null}, {"port": 65_535}, {}]);
+    let slice: EndpointSlice = serde_json::from_value(json!({"ports": ports})).unwrap();
+    let numbers: Vec<Option<u16>> = slice.ports.iter().map(|port| port.port).collect();
+    assert_eq!(numbers, [Some(0), Some(0), None, Some(65_535), None]);
+}

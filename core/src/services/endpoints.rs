@@ -60,7 +60,7 @@ pub(super) fn gather(
             }
             let Some(number) = slice_port.port.filter(|number| *number != 0) else {
                 problems.note(format!(
-                    "EndpointSlice {}: ports \"{}\" has no port number; set ports[].port",
+                    "EndpointSlice {}: ports \"{}\" has no port number; set ports[].port to 1 to 65535",
                     slice.key(),
                     slice_port.name
                 ));
