@@ -52,6 +52,11 @@ impl Client {
         &self.netns
     }
 
+    /// Its cgroup, in which no agent's programs are.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// Its address.
     pub fn address(&self) -> Ipv4Addr {
         CLIENT_ADDRESS

@@ -116,6 +116,11 @@ impl View for Live {
         Ok(self.get("settings", &0u32)?.unwrap_or_default())
     }
 
+    fn serves(&self, ifindex: u32) -> bool {
+        let place = format!("{} ingress", self.device_name(ifindex));
+        self.hooks.iter().any(|hook| hook.place == place)
+    }
+
     fn attached(&self, hook: Hook) -> Result<Attached, TraceError> {
         Ok(match hook {
             Hook::Ingress(ifindex) => {

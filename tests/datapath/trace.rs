@@ -409,6 +409,8 @@ fn the_place_of_a_client_follows_from_the_routes() {
         ip("link set pod0 up");
         ip("link set pod1 up");
         ip("route add 10.42.1.5/32 dev pod0");
+        // The programs know the addresses of every device, also of those that they are not on.
+        traced.rig.maps.put_device(ifindex("pod0"), &device()).unwrap();
         let at = |src: &str, device: &str, hook: &str| {
             let (src, device, hook) = (src.into(), device.into(), hook.into());
             let question = Question { src, dst: format!("{VIP}:80"), proto: String::new(), device, hook };

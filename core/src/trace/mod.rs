@@ -137,6 +137,8 @@ pub trait View {
     fn device(&self, ifindex: u32) -> Result<Option<DeviceValue>, Self::Error>;
     /// What the programs are told.
     fn settings(&self) -> Result<Settings, Self::Error>;
+    /// Whether the agent serves a device: its programs are there, or should be. `devices` also holds those of pods.
+    fn serves(&self, ifindex: u32) -> bool;
     /// Whether a program of ours is at a hook.
     fn attached(&self, hook: Hook) -> Result<Attached, Self::Error>;
     /// The kernel's way to an address; the inner error is its refusal, in words.

@@ -15,8 +15,8 @@ pub struct Misplaced(pub String);
 
 /// The packet of a question, and where it comes from.
 ///
-/// An address of this node is a process here. One whose route leaves by a device with programs comes in by that device;
-/// one whose route leaves by another is a pod.
+/// An address of this node is a process here. One whose route leaves by a device that the agent serves comes in by that
+/// device; one whose route leaves by another is a pod.
 ///
 /// # Errors
 /// The outer ones are the view's.
@@ -56,7 +56,7 @@ pub fn place<V: View>(view: &V, written: &Written) -> Result<Result<(Packet, Pla
             return wrong(format!("src {src}: no route leads there ({why}); say by which device it comes: --device"));
         }
     };
-    let from_outside = !hop.local && view.device(hop.ifindex)?.is_some();
+    let from_outside = !hop.local && view.serves(hop.ifindex);
     let host = hop.local || src.is_loopback();
     Ok(match (from_outside, written.hook) {
         (true, Some(HookChoice::Socket)) => Err(Misplaced(format!(

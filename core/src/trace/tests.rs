@@ -58,6 +58,9 @@ impl View for Fake {
         let flags = SETTING_REJECT_NO_BACKEND;
         Ok(Settings { alive_at: NOW, alive_for: 1, flags, snat_min: 61_000, snat_max: 61_001, ..Settings::default() })
     }
+    fn serves(&self, ifindex: u32) -> bool {
+        ifindex == LAN
+    }
     fn attached(&self, hook: Hook) -> Result<Attached, Infallible> {
         Ok(if let Hook::Ingress(_) = hook { self.ingress.clone() } else { Attached::Yes("tcx".into()) })
     }

@@ -1,7 +1,7 @@
 //! A client that counts: new connections at a rate, long-lived connections beside them, one JSON line per event.
 
 use std::cell::RefCell;
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
+use super::say;
 use super::tally::{Tally, millis};
 use crate::lab::client::request;
 use crate::lab::report::{Backend, Held, LoadEvent, Reason};
@@ -217,15 +218,6 @@ fn stop(duration: Option<Duration>) -> io::Result<impl Future<Output = ()>> {
             () = over => {}
         }
     })
-}
-
-/// One line, complete and at once: a reader at the other end of the pipe may be waiting for it.
-fn say(event: &LoadEvent) -> anyhow::Result<()> {
-    let mut line = serde_json::to_vec(event)?;
-    line.push(b'\n');
-    let mut out = io::stdout().lock();
-    out.write_all(&line)?;
-    Ok(out.flush()?)
 }
 
 /// A request on a connection of its own; both share the limit.

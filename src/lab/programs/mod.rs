@@ -1,12 +1,16 @@
-//! Small programs that run inside the lab's namespaces, as hidden subcommands of `kinesin`: a pod's server and a client that counts.
+//! Small programs that run inside the lab's namespaces, as hidden subcommands of `kinesin`: a pod's server, a client that
+//! counts, and one that asks everybody once.
 
 mod client;
+mod probe;
 mod serve;
 mod tally;
 
 pub use client::{ClientOptions, client, parse_url};
+pub use probe::{How, Outcome, Probe, ProbeOptions, Probed, WHO, probe};
 pub use serve::{ServeOptions, serve};
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,6 +19,8 @@ use clap::Parser;
 pub const SERVE: &str = "lab-serve";
 /// The subcommand of [`client`].
 pub const CLIENT: &str = "lab-client";
+/// The subcommand of [`probe`].
+pub const PROBE: &str = "lab-probe";
 
 #[derive(Debug, Parser)]
 #[command(name = "kinesin", disable_help_subcommand = true)]
@@ -25,12 +31,24 @@ enum Program {
     /// A client of the lab
     #[command(name = CLIENT)]
     Client(ClientOptions),
+    /// A client of the lab that asks everybody once
+    #[command(name = PROBE)]
+    Probe(ProbeOptions),
+}
+
+/// One line, complete and at once: a reader at the other end of the pipe may be waiting for it.
+fn say(event: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_vec(event)?;
+    line.push(b'\n');
+    let mut out = io::stdout().lock();
+    out.write_all(&line)?;
+    Ok(out.flush()?)
 }
 
 /// Runs a program of the lab when the command line asks for one; `None` leaves it to the real commands.
 pub fn dispatch() -> Option<ExitCode> {
     let wanted = std::env::args_os().nth(1)?;
-    if wanted != SERVE && wanted != CLIENT {
+    if ![SERVE, CLIENT, PROBE].iter().any(|name| wanted == *name) {
         return None;
     }
     let program = Program::parse();
@@ -40,6 +58,7 @@ pub fn dispatch() -> Option<ExitCode> {
             match program {
                 Program::Serve(options) => serve(options).await,
                 Program::Client(options) => client(options).await,
+                Program::Probe(options) => probe(options).await,
             }
         })
     });

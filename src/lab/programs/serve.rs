@@ -1,4 +1,4 @@
-//! A pod: says who it is over HTTP, and echoes what it gets over TCP and UDP.
+//! A pod: says who it is over HTTP and to a datagram that asks, and echoes everything else that it gets over TCP and UDP.
 
 use std::convert::Infallible;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -40,6 +40,11 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let http = TcpListener::bind(any(options.http_port)).await.context("bind the HTTP port")?;
     let udp = UdpSocket::bind(any(options.echo_port)).await.context("bind the UDP echo port")?;
     let echo = TcpListener::bind(any(options.echo_port)).await.context("bind the TCP echo port")?;
+    let me = |peer: SocketAddr| Backend {
+        pod: options.pod.clone(),
+        node: options.node.clone(),
+        client: SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+    };
     let answers = async {
         loop {
             // A connection that is gone before it is accepted, or a lack of descriptors: the next one may work.
@@ -47,7 +52,7 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
                 tokio::task::yield_now().await;
                 continue;
             };
-            tokio::spawn(answer(stream, peer, options.pod.clone(), options.node.clone()));
+            tokio::spawn(answer(stream, me(peer)));
         }
     };
     let echoes = async {
@@ -63,7 +68,8 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         let mut bytes = vec![0; 65_536];
         loop {
             if let Ok((length, peer)) = udp.recv_from(&mut bytes).await {
-                let _ = udp.send_to(&bytes[..length], peer).await;
+                let who = (bytes[..length] == *super::WHO).then(|| me(peer).to_string());
+                let _ = udp.send_to(who.as_ref().map_or(&bytes[..length], |line| line.as_bytes()), peer).await;
             } else {
                 tokio::task::yield_now().await;
             }
@@ -74,9 +80,8 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
 }
 
 /// Answers every request of a connection with one line. HTTP/1.1 with keep-alive, unless the client says otherwise.
-async fn answer(stream: TcpStream, peer: SocketAddr, pod: String, node: String) {
-    let client = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let line = format!("{}\n", Backend { pod, node, client });
+async fn answer(stream: TcpStream, backend: Backend) {
+    let line = format!("{backend}\n");
     let service = service_fn(move |_: Request<Incoming>| {
         let line = line.clone();
         async move { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(line)))) }

@@ -1,0 +1,64 @@
+//! Every legal client position × frontend × policy × protocol, with real agents, real sockets and real packets: who
+//! answers, whom the pod sees as its client, and what is refused. One lab per family and mode, shared by all its cells.
+
+#![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
+
+#[path = "node/matrix/cells.rs"]
+mod cells;
+#[path = "node/matrix/ground.rs"]
+mod ground;
+#[path = "node/matrix/rules.rs"]
+mod rules;
+
+use std::time::Duration;
+
+use cells::{Cell, cells};
+use ground::Ground;
+use rules::{Expected, excluded};
+
+/// How packets reach backends on other nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mode {
+    /// `bpf-lb-mode`
+    pub(crate) key: &'static str,
+    /// Whether a backend on another node sees the client's address.
+    pub(crate) keeps_client: bool,
+}
+
+/// Runs all cells of one lab, and says everything that is wrong with it at once.
+async fn holds(name: &str, mode: Mode) {
+    let ground = Ground::new(name, mode).await;
+    let all: Vec<Cell> = cells();
+    let (skipped, wanted): (Vec<Cell>, Vec<Cell>) = all.into_iter().partition(|cell| excluded(cell, mode).is_some());
+    for cell in &skipped {
+        println!("excluded: {cell}: {}", excluded(cell, mode).unwrap_or_default());
+    }
+    let expected: Vec<Expected> = wanted.iter().map(|cell| rules::expected(cell, mode)).collect();
+    let limits = expected.iter().map(|expected| match expected {
+        // Long enough for two retransmissions; what is wrongly answered is answered sooner.
+        Expected::Silent => Duration::from_millis(1500),
+        _ => Duration::from_secs(20),
+    });
+    let seen = ground.ask(&wanted, limits.collect::<Vec<_>>()).await;
+    let mut wrong: Vec<String> = Vec::new();
+    for ((cell, expected), seen) in wanted.iter().zip(&expected).zip(&seen) {
+        if let Err(problem) = expected.meets(seen, cell) {
+            wrong.push(format!("{cell}: {problem}"));
+        }
+    }
+    wrong.extend(ground.traces(&wanted, &expected).await);
+    println!("{name}: {} cells, {} excluded, {} wrong", wanted.len(), skipped.len(), wrong.len());
+    assert!(
+        wrong.is_empty(),
+        "{} of {} are wrong:\n{}\n{}",
+        wrong.len(),
+        wanted.len(),
+        wrong.join("\n"),
+        ground.words()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_snat() {
+    holds("matrix-snat", Mode { key: "snat", keeps_client: false }).await;
+}
