@@ -15,16 +15,24 @@ mod arp;
 mod flows;
 #[path = "datapath/foreign.rs"]
 mod foreign;
+#[path = "datapath/fragments.rs"]
+mod fragments;
 #[path = "datapath/hooks.rs"]
 mod hooks;
 #[path = "datapath/icmp.rs"]
 mod icmp;
+#[path = "datapath/ipv6.rs"]
+mod ipv6;
 #[path = "datapath/maps.rs"]
 mod maps;
 #[path = "datapath/odd.rs"]
 mod odd;
+#[path = "datapath/ndp.rs"]
+mod ndp;
 #[path = "datapath/packets.rs"]
 mod packets;
+#[path = "datapath/packets6.rs"]
+mod packets6;
 #[path = "datapath/programs.rs"]
 mod programs;
 #[path = "datapath/ranges.rs"]
@@ -37,7 +45,11 @@ mod rig;
 mod services;
 #[path = "datapath/sockets.rs"]
 mod sockets;
+#[path = "datapath/sockets6.rs"]
+mod sockets6;
 #[path = "datapath/trace.rs"]
 mod trace;
 #[path = "datapath/traffic.rs"]
 mod traffic;
+#[path = "datapath/traffic6.rs"]
+mod traffic6;

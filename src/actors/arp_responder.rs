@@ -1,9 +1,10 @@
 //! Makes the programs answer for this node's addresses, and tells the LAN.
 //!
-//! owns: the l2 map, the sign of life in the settings, the sockets that announce
+//! owns: the l2 map, the sign of life in the settings, the sockets that announce, the memberships in multicast groups of
+//! those who ask for IPv6 addresses
 //! hears: what vip_owner decided, a (re)loaded data path, its heartbeat
-//! says: gratuitous ARP on the wire
-//! restart story: reads the l2 map back; removes nothing before vip_owner has decided once
+//! says: gratuitous ARP and unsolicited neighbour advertisements on the wire
+//! restart story: reads the l2 map back; removes nothing before vip_owner has decided once; joins the groups anew
 //!
 //! The programs answer only while the sign of life is fresh: an agent that hangs or dies falls silent by itself when its
 //! presence runs out for the others.
@@ -21,7 +22,8 @@ use crate::address::{Address, Label, Timer};
 use crate::clock;
 use crate::datapath::{MapStore, update_settings};
 use crate::level::Follower;
-use crate::net::garp;
+use crate::net::groups::Groups;
+use crate::net::{garp, na};
 use crate::table::Subscription;
 use crate::world::{MapsHandle, World};
 
@@ -53,6 +55,10 @@ pub struct ArpResponder {
     programmed: BTreeSet<(IpAddr, u32)>,
     /// Announcement number last sent for an address and device.
     announced: BTreeMap<(IpAddr, u32), u64>,
+    /// Where those are heard who ask for our IPv6 addresses.
+    groups: Groups,
+    /// Addresses whose group could not be joined, and why.
+    deaf: BTreeMap<(IpAddr, u32), String>,
     beat: Option<Timer>,
 }
 
@@ -69,6 +75,8 @@ impl Actor for ArpResponder {
             store: None,
             programmed: BTreeSet::new(),
             announced: BTreeMap::new(),
+            groups: Groups::default(),
+            deaf: BTreeMap::new(),
             beat: None,
             me,
             world,
@@ -116,6 +124,9 @@ impl ArpResponder {
                 (settings.alive_at, settings.alive_for) = (alive_at, alive_for);
             }
         })?;
+        for key in self.deaf.keys().copied().collect::<Vec<_>>() {
+            self.listen(key);
+        }
         let entries = store.read_l2()?;
         let replies: u64 = entries.iter().map(|(_, value)| value.responses_sent).sum();
         gauge!("kinesin_l2_replies").set(replies as f64);
@@ -165,6 +176,7 @@ impl ArpResponder {
             self.programmed.insert(key);
             tracing::info!(address = %ip, device = self.name_of(ifindex), "answering");
         }
+        self.listen(key);
         if self.announced.insert(key, announcement) != Some(announcement) && announcement > 0 {
             self.announce(ip, ifindex);
         }
@@ -174,6 +186,10 @@ impl ArpResponder {
     fn fall_silent(&mut self, store: &dyn MapStore, key: (IpAddr, u32)) -> Result<(), Failure> {
         let (ip, ifindex) = key;
         self.announced.remove(&key);
+        if let IpAddr::V6(v6) = ip {
+            self.groups.leave(ifindex, v6);
+            self.set_deaf(key, None);
+        }
         if self.programmed.contains(&key) {
             store.delete_l2(&L2Key { addr: Addr::from(ip), ifindex })?;
             self.programmed.remove(&key);
@@ -182,17 +198,42 @@ impl ArpResponder {
         Ok(())
     }
 
-    /// A lost announcement is no failure: it is repeated, and ARP requests are answered anyway.
+    /// Joins the group that those who ask for an IPv6 address send to. Without it the programs still answer what comes in
+    /// by chance: a problem, but no failure.
+    fn listen(&mut self, key: (IpAddr, u32)) {
+        let (IpAddr::V6(v6), ifindex) = key else { return };
+        let joined = self.groups.join(ifindex, v6);
+        self.set_deaf(key, joined.err().map(|error| format!("{:#}", anyhow::Error::from(error))));
+    }
+
+    fn set_deaf(&mut self, key: (IpAddr, u32), error: Option<String>) {
+        let changed = match error {
+            Some(error) => {
+                let (ip, device) = (key.0, self.name_of(key.1));
+                let text = format!("{ip} on {device} may not be found by neighbours: {error}");
+                self.deaf.insert(key, text.clone()).is_none_or(|before| before != text)
+            }
+            None => self.deaf.remove(&key).is_some(),
+        };
+        if changed {
+            self.world.problems.set("multicast", self.deaf.values().cloned().collect());
+        }
+    }
+
+    /// A lost announcement is no failure: it is repeated, and requests are answered anyway.
     fn announce(&self, ip: IpAddr, ifindex: u32) {
         let devices = self.world.devices.get();
         let Some(device) = devices.as_ref().and_then(|devices| devices.by_index(ifindex)) else {
             return;
         };
-        let IpAddr::V4(v4) = ip else { return };
-        let outcome = match garp::send(ifindex, device.mac, v4) {
+        let sent = match ip {
+            IpAddr::V4(v4) => garp::send(ifindex, device.mac, v4),
+            IpAddr::V6(v6) => na::send(ifindex, device.mac, v6),
+        };
+        let outcome = match sent {
             Ok(()) => "success",
             Err(error) => {
-                tracing::warn!(address = %ip, device = %device.name, %error, "gratuitous ARP not sent");
+                tracing::warn!(address = %ip, device = %device.name, %error, "address not announced");
                 "fail"
             }
         };

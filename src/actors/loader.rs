@@ -17,7 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::Context;
-use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND};
+use kinesin_abi::{
+    Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
+    SETTING_REJECT_NO_BACKEND,
+};
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::Limits;
@@ -82,6 +85,8 @@ struct Options {
     sizes: MapSizes,
     /// Where sockets are translated.
     cgroup: Option<PathBuf>,
+    /// Serve IPv6 on devices.
+    ipv6: bool,
 }
 
 /// What a load makes.
@@ -167,7 +172,8 @@ impl Actor for Loader {
 async fn load(options: Options) -> Result<Loaded, Failure> {
     let (datapath, store) = tokio::task::spawn_blocking(move || {
         ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
-        let load = LoadOptions { max_entries: options.sizes, ..LoadOptions::new(&options.bpf_root) };
+        let load =
+            LoadOptions { max_entries: options.sizes, ipv6: options.ipv6, ..LoadOptions::new(&options.bpf_root) };
         let mut datapath = Datapath::load(&load)?;
         if let Some(cgroup) = &options.cgroup {
             datapath.attach_cgroup(cgroup);
@@ -182,10 +188,14 @@ async fn load(options: Options) -> Result<Loaded, Failure> {
 
 impl From<&Config> for Options {
     fn from(config: &Config) -> Self {
-        let sizes = MapSizes { flows: flow_entries(config), ..MapSizes::for_services(config.services.map_max) };
+        let sizes = MapSizes {
+            flows: flow_entries(config),
+            fragments: config.services.fragments_max,
+            ..MapSizes::for_services(config.services.map_max)
+        };
         let set = Some(config.paths.cgroup_root.clone()).filter(|path| !path.as_os_str().is_empty());
         let cgroup = config.services.socket_lb().then(|| set.or_else(cgroup2_root)).flatten();
-        Self { bpf_root: config.paths.bpf_root.clone(), sizes, cgroup }
+        Self { bpf_root: config.paths.bpf_root.clone(), sizes, cgroup, ipv6: config.families.ipv6 }
     }
 }
 
@@ -215,7 +225,9 @@ impl Loader {
         update_settings(&*self.loaded.store, |settings| {
             let before = *settings;
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
-                | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 };
+                | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 }
+                | if config.services.fragments4 { SETTING_FOLLOW_FRAGMENTS4 } else { 0 }
+                | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
             settings.maglev_seed = seed(&config).jhash;
             settings.pad = 0;
@@ -249,7 +261,7 @@ impl Loader {
                 continue;
             }
             match self.loaded.datapath().attach_device(name, *ifindex) {
-                Ok(hooks) if hooks.ingress.is_ok() && hooks.egress.is_ok() => {
+                Ok(hooks) if hooks.are_ok() => {
                     tracing::info!(device = %name, "programs attached")
                 }
                 Ok(_) => tracing::error!(device = %name, "programs attached in part; see kinesin status"),

@@ -90,6 +90,7 @@ pub(super) fn about(table: &str) -> &'static str {
         "backends" => "pods by id",
         "maglev" => "consistent selection, by set",
         "flows" => "connections, one entry per direction",
+        "fragments" => "ports of packets in fragments",
         "sockets" => "translated sockets",
         "ranges" => "networks whose clients services serve, or not",
         "affinity" => "backends that clients stay with",

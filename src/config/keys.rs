@@ -230,6 +230,27 @@ pub static KEYS: &[KeyDef] = &[
         Kind::Int { min: CT_MIN, max: CT_MAX, at: |c| &mut c.services.ct_any_max },
         "Tracked connections of other protocols.",
     ),
+    reattach(
+        SERVICES,
+        "bpf-fragments-map-max",
+        "8192",
+        Kind::Int { min: 1, max: 65_535, at: |c| &mut c.services.fragments_max },
+        "Packets in fragments that may be on their way at once.",
+    ),
+    live(
+        SERVICES,
+        "enable-ipv4-fragment-tracking",
+        "true",
+        Kind::Bool(|c| &mut c.services.fragments4),
+        "Translate IPv4 packets in fragments; without it they are dropped.",
+    ),
+    live(
+        SERVICES,
+        "enable-ipv6-fragment-tracking",
+        "true",
+        Kind::Bool(|c| &mut c.services.fragments6),
+        "Translate IPv6 packets in fragments; without it they are dropped.",
+    ),
     live(
         SERVICES,
         "enable-service-topology",

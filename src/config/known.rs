@@ -168,7 +168,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "enable-ipsec-key-watcher",
     "enable-ipv4-big-tcp",
     "enable-ipv4-egress-gateway",
-    "enable-ipv4-fragment-tracking",
     "enable-ipv4-masquerade",
     "enable-ipv6-big-tcp",
     "enable-ipv6-masquerade",

@@ -177,6 +177,12 @@ pub struct Services {
     pub ct_tcp_max: u32,
     /// `bpf-ct-global-any-max`, entries.
     pub ct_any_max: u32,
+    /// `bpf-fragments-map-max`, entries.
+    pub fragments_max: u32,
+    /// `enable-ipv4-fragment-tracking`
+    pub fragments4: bool,
+    /// `enable-ipv6-fragment-tracking`
+    pub fragments6: bool,
     /// `enable-service-topology`
     pub topology: bool,
     /// `bpf-lb-external-clusterip`

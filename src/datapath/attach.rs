@@ -54,13 +54,57 @@ impl HookStatus {
     }
 }
 
-/// Both hooks of a device.
+/// The hooks of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DeviceHooks {
     /// Packets into the node.
     pub ingress: HookStatus,
     /// Packets out of the node.
     pub egress: HookStatus,
+    /// IPv6 into and out of the node, where it is served.
+    pub ipv6: Option<[HookStatus; 2]>,
+}
+
+impl DeviceHooks {
+    /// All of them are attached.
+    pub fn are_ok(&self) -> bool {
+        self.ingress.is_ok() && self.egress.is_ok() && self.ipv6.iter().flatten().all(HookStatus::is_ok)
+    }
+}
+
+/// A place of a device that one program hangs at. Those of IPv6 are beside the others, which leave it to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Place {
+    Ingress,
+    Egress,
+    Ingress6,
+    Egress6,
+}
+
+impl Place {
+    pub(crate) const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::Ingress6, Self::Egress6];
+
+    pub(crate) fn is_egress(self) -> bool {
+        matches!(self, Self::Egress | Self::Egress6)
+    }
+
+    pub(crate) fn is_ipv6(self) -> bool {
+        matches!(self, Self::Ingress6 | Self::Egress6)
+    }
+
+    pub(crate) fn direction(self) -> TcAttachType {
+        if self.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress }
+    }
+
+    /// As pins call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+            Self::Ingress6 => "ingress6",
+            Self::Egress6 => "egress6",
+        }
+    }
 }
 
 /// What a hook held before it was attached to.
@@ -72,25 +116,18 @@ pub(crate) enum Found {
     Nothing,
 }
 
-pub(crate) fn directed(direction: TcAttachType) -> (usize, &'static str) {
-    match direction {
-        TcAttachType::Ingress => (0, "ingress"),
-        TcAttachType::Egress => (1, "egress"),
-    }
-}
-
 /// The name of a device's pin.
-pub(crate) fn device_pin(ifindex: u32, direction: TcAttachType) -> String {
-    format!("{ifindex}-{}", directed(direction).1)
+pub(crate) fn device_pin(ifindex: u32, place: Place) -> String {
+    format!("{ifindex}-{}", place.name())
 }
 
 /// Attaches by a tcx link, or puts the program into the link that is pinned.
 ///
 /// # Errors
 /// EINVAL where the kernel has no tcx.
-pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<Found> {
-    let kind = TCX[directed(direction).0];
-    let path = links.join(device_pin(ifindex, direction));
+pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, place: Place, links: &Path) -> io::Result<Found> {
+    let kind = TCX[usize::from(place.is_egress())];
+    let path = links.join(device_pin(ifindex, place));
     adopt(
         &path,
         program,
@@ -142,17 +179,17 @@ fn adopt(
     Ok(Found::Nothing)
 }
 
-/// Takes the programs off a device: links by their pins, filters by what their pins say.
-pub(crate) fn detach(ifindex: u32, links: &Path) -> io::Result<()> {
+/// Takes the programs off places of a device: links by their pins, filters by what their pins say.
+pub(crate) fn detach(ifindex: u32, places: impl Iterator<Item = Place>, links: &Path) -> io::Result<()> {
     let mut result = Ok(());
-    for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        let pin = links.join(device_pin(ifindex, direction));
+    for place in places {
+        let pin = links.join(device_pin(ifindex, place));
         release(&pin);
         match fs::remove_file(pin) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => result = result.and(Err(error)),
             _ => {}
         }
-        result = result.and(clsact::detach(ifindex, direction, links));
+        result = result.and(clsact::detach(ifindex, place, links));
     }
     result
 }

@@ -12,13 +12,13 @@ use std::path::Path;
 
 use aya::programs::links::Link;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttach, TcError, TcHandle};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
+use aya::programs::{ProgramError, SchedClassifier, tc};
 
-use super::attach::{Found, chain, device_pin};
+use super::attach::{Found, Place, chain, device_pin};
 use super::sys;
 
-/// Among filters of one priority, ours is the one with this handle.
-const HANDLE: TcHandle = TcHandle::new(0, 0x4b69);
+/// Among filters of one priority, ours are those with these handles, the second for IPv6.
+const HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x4b69), TcHandle::new(0, 0x4b6a)];
 /// All filters of one priority are of one kind and one protocol (`tcf_proto` of the kernel): where another kind has the
 /// first, the next one is tried. Ours goes first where it may.
 const PRIORITIES: std::ops::RangeInclusive<u16> = 1..=32;
@@ -30,7 +30,7 @@ const MARK: &str = "-clsact-";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Filter {
     ifindex: u32,
-    direction: TcAttachType,
+    place: Place,
     priority: u16,
 }
 
@@ -38,17 +38,21 @@ impl Filter {
     /// What a pin stands for, if it is one of a filter.
     pub(crate) fn of_pin(name: &str) -> Option<Self> {
         let (hook, priority) = name.split_once(MARK)?;
-        let (ifindex, way) = hook.split_once('-')?;
-        let direction = if way == "ingress" { TcAttachType::Ingress } else { TcAttachType::Egress };
-        Some(Self { ifindex: ifindex.parse().ok()?, direction, priority: priority.parse().ok()? })
+        let (ifindex, name) = hook.split_once('-')?;
+        let place = Place::ALL.into_iter().find(|place| place.name() == name)?;
+        Some(Self { ifindex: ifindex.parse().ok()?, place, priority: priority.parse().ok()? })
     }
 
     fn pin(self) -> String {
-        format!("{}{MARK}{}", device_pin(self.ifindex, self.direction), self.priority)
+        format!("{}{MARK}{}", device_pin(self.ifindex, self.place), self.priority)
     }
 
     fn link(self) -> io::Result<SchedClassifierLink> {
-        SchedClassifierLink::attached(self.ifindex, self.direction.into(), self.priority, HANDLE, None)
+        SchedClassifierLink::attached(self.ifindex, self.place.direction().into(), self.priority, self.handle(), None)
+    }
+
+    fn handle(self) -> TcHandle {
+        HANDLES[usize::from(self.place.is_ipv6())]
     }
 
     /// Whether its device has gone, and the filter with it.
@@ -78,24 +82,19 @@ fn code(error: &ProgramError) -> Option<i32> {
 }
 
 /// Attaches, replacing our own filter if there is one.
-pub(crate) fn attach(
-    program: &mut SchedClassifier,
-    ifindex: u32,
-    direction: TcAttachType,
-    links: &Path,
-) -> Result<Found, String> {
+pub(crate) fn attach(program: &mut SchedClassifier, ifindex: u32, place: Place, links: &Path) -> Result<Found, String> {
     // Usually it is there already; if it could not be made, attaching fails and says this too.
     let qdisc = tc::qdisc_add_clsact(ifindex).err();
-    let ours = pinned(ifindex, direction, links).find(|filter| replace(program, *filter).is_ok());
+    let ours = pinned(ifindex, place, links).find(|filter| replace(program, *filter).is_ok());
     let (filter, found) = match ours {
         Some(filter) => (filter, Found::Ours),
-        None => create(program, ifindex, direction).map_err(|error| match &qdisc {
+        None => create(program, ifindex, place).map_err(|error| match &qdisc {
             Some(qdisc) => format!("{error}; clsact: {}", chain(qdisc)),
             None => error,
         })?,
     };
     // The pin is made anew: it names the priority and holds the program.
-    for stale in pinned(ifindex, direction, links) {
+    for stale in pinned(ifindex, place, links) {
         let _ = fs::remove_file(links.join(stale.pin()));
     }
     let fd = program.fd().map_err(|error| chain(&error))?;
@@ -104,19 +103,19 @@ pub(crate) fn attach(
 }
 
 /// Removes our filters of a hook, and their pins.
-pub(crate) fn detach(ifindex: u32, direction: TcAttachType, links: &Path) -> io::Result<()> {
+pub(crate) fn detach(ifindex: u32, place: Place, links: &Path) -> io::Result<()> {
     let mut result = Ok(());
-    for filter in pinned(ifindex, direction, links) {
+    for filter in pinned(ifindex, place, links) {
         result = result.and(filter.remove()).and(fs::remove_file(links.join(filter.pin())));
     }
     result
 }
 
 /// Our filters of a hook, as their pins say.
-fn pinned(ifindex: u32, direction: TcAttachType, links: &Path) -> impl Iterator<Item = Filter> {
+fn pinned(ifindex: u32, place: Place, links: &Path) -> impl Iterator<Item = Filter> {
     let pins = fs::read_dir(links).into_iter().flatten().flatten();
     let all: Vec<_> = pins.filter_map(|pin| Filter::of_pin(&pin.file_name().to_string_lossy())).collect();
-    all.into_iter().filter(move |filter| filter.ifindex == ifindex && filter.direction == direction)
+    all.into_iter().filter(move |filter| filter.ifindex == ifindex && filter.place == place)
 }
 
 /// Puts the program into a filter that is there.
@@ -127,12 +126,12 @@ fn replace(program: &mut SchedClassifier, filter: Filter) -> Result<(), String> 
 }
 
 /// Makes a filter of the first priority that takes one, or replaces ours whose pin was lost.
-fn create(program: &mut SchedClassifier, ifindex: u32, direction: TcAttachType) -> Result<(Filter, Found), String> {
+fn create(program: &mut SchedClassifier, ifindex: u32, place: Place) -> Result<(Filter, Found), String> {
     let mut last = String::new();
     for priority in PRIORITIES {
-        let filter = Filter { ifindex, direction, priority };
-        let options = NlOptions { priority, handle: HANDLE, classid: None };
-        match program.attach(ifindex, TcAttach::Netlink { parent: direction.into(), options }) {
+        let filter = Filter { ifindex, place, priority };
+        let options = NlOptions { priority, handle: filter.handle(), classid: None };
+        match program.attach(ifindex, TcAttach::Netlink { parent: place.direction().into(), options }) {
             Ok(id) => return keep(program, id).map(|()| (filter, Found::Nothing)),
             Err(error) if code(&error) == Some(libc::EEXIST) => {
                 return replace(program, filter).map(|()| (filter, Found::Ours));

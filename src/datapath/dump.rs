@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
     DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue,
-    FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
+    FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING,
+    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
     SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_FIN,
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
@@ -120,6 +121,18 @@ fn flow_value(value: &FlowValue) -> String {
     format!("{src} -> {dst} backend={} {names} seen={tcp} last={}s", value.backend, value.last_seen / 1_000_000_000)
 }
 
+fn fragment_key(key: &FragmentKey) -> String {
+    let (src, dst) = (IpAddr::from(key.src), IpAddr::from(key.dst));
+    // IPv4 has 16 bits of it.
+    let id = if src.is_ipv4() { u16::from_be(key.id as u16).into() } else { u32::from_be(key.id) };
+    format!("{src} -> {dst} id={id:#x}")
+}
+
+fn fragment_value(value: &FragmentValue) -> String {
+    let seconds = value.at / 1_000_000_000;
+    format!("{} {} -> {} first={seconds}s", protocol(value.proto), value.sport.get(), value.dport.get())
+}
+
 fn mac(mac: [u8; 6]) -> String {
     mac.iter().enumerate().fold(String::new(), |mut text, (i, byte)| {
         let _ = write!(text, "{}{byte:02x}", if i == 0 { "" } else { ":" });
@@ -138,7 +151,15 @@ fn settings(value: &Settings) -> String {
         "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x}",
         value.alive_at,
         value.alive_for,
-        flags(value.flags, &[(SETTING_REJECT_NO_BACKEND, "reject-no-backend"), (SETTING_ANSWER_PING, "answer-ping")]),
+        flags(
+            value.flags,
+            &[
+                (SETTING_REJECT_NO_BACKEND, "reject-no-backend"),
+                (SETTING_ANSWER_PING, "answer-ping"),
+                (SETTING_FOLLOW_FRAGMENTS4, "fragments"),
+                (SETTING_FOLLOW_FRAGMENTS6, "fragments6"),
+            ],
+        ),
         value.snat_min,
         value.snat_max,
         value.maglev_seed
@@ -216,6 +237,7 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
             ids.dedup();
             Some((number?, format!("{filled} entries, backends {ids:?}")))
         }
+        "fragments" => Some((fragment_key(&from_bytes(key)?), fragment_value(&from_bytes(value)?))),
         "flows" => Some((flow_key(&from_bytes(key)?), flow_value(&from_bytes(value)?))),
         "sockets" => Some((socket_key(&from_bytes(key)?), socket_value(&from_bytes(value)?))),
         "affinity" => Some((affinity_key(&from_bytes(key)?), affinity_value(&from_bytes(value)?))),

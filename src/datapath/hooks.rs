@@ -9,15 +9,15 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 
-use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, chain};
+use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
 use super::loader::{AttachMode, Datapath};
 
-/// The programs of Ethernet devices and of devices without link-layer header, (ingress, egress).
-pub(super) const ETHERNET: [&str; 2] = ["cil_from_netdev", "cil_to_netdev"];
-const LAYER3: [&str; 2] = ["cil_from_l3dev", "cil_to_l3dev"];
+/// The programs of Ethernet devices and of devices without link-layer header, in the order of [`Place::ALL`].
+pub(super) const ETHERNET: [&str; 4] = ["cil_from_netdev", "cil_to_netdev", "cil_from_netdev6", "cil_to_netdev6"];
+const LAYER3: [&str; 4] = ["cil_from_l3dev", "cil_to_l3dev", "cil_from_l3dev6", "cil_to_l3dev6"];
 
 /// The socket programs with their `enum bpf_attach_type`.
 pub(super) const SOCKETS: [(&str, u32); 8] = [
@@ -46,7 +46,7 @@ pub struct AttachError {
 /// A place for one program.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Hook {
-    Device { ifindex: u32, name: String, egress: bool, program: &'static str },
+    Device { ifindex: u32, name: String, place: Place, program: &'static str },
     Cgroup { root: PathBuf, program: &'static str, attach_type: u32 },
 }
 
@@ -60,8 +60,9 @@ impl Hook {
     /// For people.
     fn place(&self) -> String {
         match self {
-            Self::Device { name, egress: true, .. } => format!("{name} egress"),
-            Self::Device { name, .. } => format!("{name} ingress"),
+            Self::Device { name, place, .. } => {
+                format!("{name} {}", if place.is_egress() { "egress" } else { "ingress" })
+            }
             Self::Cgroup { root, .. } => root.display().to_string(),
         }
     }
@@ -69,7 +70,7 @@ impl Hook {
 
 impl Datapath {
     /// Attaches both directions of a device of the calling thread's network namespace, or replaces the programs that
-    /// are attached. A direction that fails says so in its status and leaves the other working.
+    /// are attached. A hook that fails says so in its status and leaves the others working.
     ///
     /// # Errors
     /// The device is not there.
@@ -78,17 +79,34 @@ impl Datapath {
         let programs = if has_ethernet_header(name).map_err(failed)? { ETHERNET } else { LAYER3 };
         // A device of this index is this one now, and has the programs of its kind.
         self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
-        let [ingress, egress] = [false, true].map(|egress| {
-            let program = programs[usize::from(egress)];
-            self.attach(Hook::Device { ifindex, name: name.to_owned(), egress, program }).1
-        });
-        Ok(DeviceHooks { ingress, egress })
+        // Where IPv6 was served before. What remains finds no service, and the next attempt removes it.
+        let gone = Place::ALL.into_iter().filter(|place| !self.has(*place));
+        if let Err(error) = attach::detach(ifindex, gone, &self.links) {
+            tracing::warn!(device = name, %error, "programs of IPv6 not detached");
+        }
+        let [ingress, egress, in6, out6] = Place::ALL;
+        let mut attach = |place: Place| {
+            let program = programs[place as usize];
+            self.has(place).then(|| self.attach(Hook::Device { ifindex, name: name.to_owned(), place, program }).1)
+        };
+        let [ingress, egress] = [ingress, egress].map(|place| attach(place).expect("IPv4 has its places always"));
+        let ipv6 = attach(in6).zip(attach(out6)).map(<[HookStatus; 2]>::from);
+        Ok(DeviceHooks { ingress, egress, ipv6 })
+    }
+
+    /// Whether programs hang at such a place at all.
+    pub(super) fn has(&self, place: Place) -> bool {
+        self.options.ipv6 || !place.is_ipv6()
     }
 
     /// Takes the programs off a device; a device that has gone is no error.
     pub fn detach_device(&mut self, name: &str, ifindex: u32) -> Result<(), AttachError> {
         self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
-        attach::detach(ifindex, &self.links).map_err(|source| AttachError { name: name.to_owned(), ifindex, source })
+        attach::detach(ifindex, Place::ALL.into_iter(), &self.links).map_err(|source| AttachError {
+            name: name.to_owned(),
+            ifindex,
+            source,
+        })
     }
 
     /// Attaches the socket programs to a cgroup2 directory, or replaces those that are attached; each on its own.
@@ -143,20 +161,12 @@ impl Datapath {
             return Err(error.clone());
         }
         match hook {
-            Hook::Device { ifindex, egress, .. } => {
-                let direction = if *egress { TcAttachType::Egress } else { TcAttachType::Ingress };
-                self.try_device(program, *ifindex, direction)
-            }
+            Hook::Device { ifindex, place, .. } => self.try_device(program, *ifindex, *place),
             Hook::Cgroup { root, attach_type, .. } => self.try_cgroup(program, root, *attach_type),
         }
     }
 
-    fn try_device(
-        &mut self,
-        program: &str,
-        ifindex: u32,
-        direction: TcAttachType,
-    ) -> Result<(Attachment, Found), String> {
+    fn try_device(&mut self, program: &str, ifindex: u32, place: Place) -> Result<(Attachment, Found), String> {
         let loaded: &mut SchedClassifier = self
             .ebpf
             .program_mut(program)
@@ -165,14 +175,14 @@ impl Datapath {
             .map_err(|error: ProgramError| chain(&error))?;
         let fd = loaded.fd().map_err(|error| chain(&error))?.try_clone().map_err(|error| chain(&error))?;
         if self.options.attach == AttachMode::Auto {
-            match attach::tcx(fd.as_fd(), ifindex, direction, &self.links) {
+            match attach::tcx(fd.as_fd(), ifindex, place, &self.links) {
                 Ok(found) => return Ok((Attachment::Tcx, found)),
                 // What kernels before 6.6 say.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 Err(error) => return Err(error.to_string()),
             }
         }
-        clsact::attach(loaded, ifindex, direction, &self.links).map(|found| (Attachment::Clsact, found))
+        clsact::attach(loaded, ifindex, place, &self.links).map(|found| (Attachment::Clsact, found))
     }
 
     fn try_cgroup(&self, program: &str, root: &Path, attach_type: u32) -> Result<(Attachment, Found), String> {

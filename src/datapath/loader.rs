@@ -11,7 +11,7 @@ use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 
-use super::attach::{self, HookStatus, chain};
+use super::attach::{self, HookStatus, Place, chain};
 use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
 use super::pin::{self, Migration, Pinned, Shape};
@@ -43,6 +43,8 @@ pub struct MapSizes {
     pub maglev: u32,
     /// Connections, two elements each.
     pub flows: u32,
+    /// Packets in fragments, each while they come.
+    pub fragments: u32,
     /// Translated sockets.
     pub sockets: u32,
     /// Clients of services with session affinity.
@@ -76,6 +78,7 @@ impl MapSizes {
             "backends" => Some(self.backends),
             "maglev" => Some(self.maglev),
             "flows" => Some(self.flows),
+            "fragments" => Some(self.fragments),
             "sockets" => Some(self.sockets),
             "affinity" => Some(self.affinity),
             "ranges" => Some(self.ranges),
@@ -94,6 +97,7 @@ impl Default for MapSizes {
             backends: 65_536,
             maglev: 65_536,
             flows: 131_072,
+            fragments: 8192,
             sockets: 65_536,
             affinity: 65_536,
             ranges: 65_536,
@@ -112,12 +116,14 @@ pub struct LoadOptions {
     pub max_entries: MapSizes,
     /// How to attach to devices.
     pub attach: AttachMode,
+    /// Serve IPv6 on devices (`enable-ipv6`).
+    pub ipv6: bool,
 }
 
 impl LoadOptions {
     /// Defaults below a root.
     pub fn new(bpf_root: impl Into<PathBuf>) -> Self {
-        Self { bpf_root: bpf_root.into(), max_entries: MapSizes::default(), attach: AttachMode::default() }
+        Self { bpf_root: bpf_root.into(), max_entries: MapSizes::default(), attach: AttachMode::default(), ipv6: false }
     }
 }
 
@@ -236,7 +242,9 @@ impl Datapath {
     /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
     /// wait until there is one: verifying them takes as long again.
     fn load_programs(&mut self) {
-        for program in ETHERNET.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
+        let devices = Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| self.has(*place));
+        let devices: Vec<_> = devices.map(|(_, program)| program).collect();
+        for program in devices.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
             self.load_program(program);
         }
     }
@@ -306,6 +314,7 @@ const NAMES: [&str; TABLES.len()] = [
     "BACKENDS",
     "MAGLEV",
     "FLOWS",
+    "FRAGMENTS",
     "SOCKETS",
     "AFFINITY",
     "RANGES",

@@ -36,12 +36,13 @@ pub use memory::MemoryMaps;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 12] = [
+pub const TABLES: [&str; 13] = [
     "frontends",
     "slots",
     "backends",
     "maglev",
     "flows",
+    "fragments",
     "sockets",
     "affinity",
     "ranges",

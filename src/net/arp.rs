@@ -16,7 +16,7 @@ pub const REQUEST: u16 = 1;
 /// `ares_op$REPLY` of RFC 826.
 pub const REPLY: u16 = 2;
 
-const ETHERTYPE_ARP: u16 = 0x0806;
+pub(super) const ETHERTYPE_ARP: u16 = 0x0806;
 /// Hardware Ethernet, protocol IPv4, address lengths 6 and 4.
 const HEADER: [u8; 6] = [0, 1, 8, 0, 6, 4];
 
@@ -111,7 +111,7 @@ impl ArpSocket {
     /// # Errors
     /// When the interface is down or gone.
     pub fn send(&self, arp: &Arp) -> Result<(), NetError> {
-        send(self.socket.as_raw_fd(), self.ifindex, &frame(arp))
+        send(self.socket.as_raw_fd(), self.ifindex, ETHERTYPE_ARP, &frame(arp))
             .map_err(NetError::io(format!("send ARP for {} on interface {}", arp.target, self.ifindex)))
     }
 
@@ -183,8 +183,8 @@ impl ArpSocket {
 }
 
 /// Sends a whole Ethernet frame on an interface.
-pub(super) fn send(socket: RawFd, ifindex: u32, frame: &[u8]) -> io::Result<()> {
-    let address = link_address(ifindex, ETHERTYPE_ARP);
+pub(super) fn send(socket: RawFd, ifindex: u32, ethertype: u16, frame: &[u8]) -> io::Result<()> {
+    let address = link_address(ifindex, ethertype);
     // SAFETY: both pointers describe values that outlive the call, with their lengths.
     let sent = unsafe {
         libc::sendto(

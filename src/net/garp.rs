@@ -1,6 +1,6 @@
 //! Gratuitous ARP: tells every neighbour on a segment that an address now lives at our MAC.
 //!
-//! Only IPv4; the IPv6 counterpart (unsolicited neighbour advertisements, RFC 4861 section 7.2.6) is not here yet.
+//! Only IPv4; its sibling of IPv6 is `na`.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -69,7 +69,12 @@ impl GarpSender {
     /// When the interface is gone or down, or its queue is full (`WouldBlock`, `ENOBUFS`): announcing again is harmless.
     pub fn send(&self, ifindex: u32, mac: [u8; 6], address: Ipv4Addr) -> Result<(), NetError> {
         let frame = frame(mac, address);
-        super::arp::send(self.socket.as_raw_fd(), ifindex, &frame)
+        self.send_frame(ifindex, super::arp::ETHERTYPE_ARP, &frame)
             .map_err(NetError::io(format!("announce {address} on interface {ifindex}")))
+    }
+
+    /// Sends a whole Ethernet frame. Never blocks.
+    pub(super) fn send_frame(&self, ifindex: u32, ethertype: u16, frame: &[u8]) -> io::Result<()> {
+        super::arp::send(self.socket.as_raw_fd(), ifindex, ethertype, frame)
     }
 }

@@ -6,7 +6,9 @@
 pub mod arp;
 pub mod cgroup;
 pub mod garp;
+pub mod groups;
 pub mod links;
+pub mod na;
 pub mod netns;
 pub mod proc;
 mod route;

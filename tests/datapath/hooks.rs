@@ -130,6 +130,41 @@ fn a_new_device_with_the_index_of_an_old_one_is_attached_anew() {
 }
 
 #[test]
+fn ipv6_has_hooks_of_its_own_which_go_when_it_is_switched_off() {
+    isolated(|| {
+        network();
+        let lan = ifindex(LAN);
+        for attach in [AttachMode::Auto, AttachMode::Clsact] {
+            let root = BpfRoot::new();
+            let load = |ipv6| Datapath::load(&LoadOptions { attach, ipv6, ..options(root.path()) }).unwrap();
+            for _ in 0..2 {
+                let mut both = load(true);
+                let hooks = both.attach_device(LAN, lan).unwrap();
+                assert!(hooks.are_ok(), "{hooks:?}");
+                let programs = hooks.ipv6.expect("both families are served").map(|hook| hook.program);
+                assert_eq!(programs, ["cil_from_netdev6", "cil_to_netdev6"]);
+                assert_eq!((both.hooks().len(), links(&root)), (4, 4));
+                assert_eq!(both.verify_hooks(), 0);
+                drop(both);
+                let mut one = load(false);
+                let hooks = one.attach_device(LAN, lan).unwrap();
+                assert_eq!((hooks.are_ok(), hooks.ipv6), (true, None));
+                assert_eq!((one.hooks().len(), links(&root)), (2, 2));
+            }
+            let mut both = load(true);
+            both.attach_device(LAN, lan).unwrap();
+            both.detach_device(LAN, lan).unwrap();
+            assert_eq!((both.hooks().len(), links(&root)), (0, 0));
+        }
+    });
+}
+
+/// How many hooks are pinned as ours.
+fn links(root: &BpfRoot) -> usize {
+    std::fs::read_dir(links_dir(root.path())).unwrap().count()
+}
+
+#[test]
 fn a_device_that_is_not_there_is_an_error_with_its_name() {
     isolated(|| {
         network();

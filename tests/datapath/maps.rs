@@ -143,7 +143,7 @@ fn every_table_is_dumped_for_people() {
         );
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
-        find("settings", "reject-no-backend,answer-ping snat=61000-65000");
+        find("settings", "reject-no-backend,answer-ping,fragments,fragments6 snat=61000-65000");
         find("drops", "ingress 0 Forwarded = 1 packets");
         let unknown = rig.maps.dump_raw("nonsense").unwrap_err().to_string();
         assert!(unknown.contains("nonsense") && unknown.contains("frontends"), "{unknown}");
@@ -165,6 +165,7 @@ fn every_table_can_be_tampered_with() {
                 None => {
                     let sizes = match table {
                         "flows" => (40, 56),
+                        "fragments" => (40, 16),
                         "sockets" => (32, 24),
                         "affinity" => (24, 16),
                         "l2" => (20, 8),
@@ -226,6 +227,7 @@ fn another_size_keeps_every_entry() {
             backends: 2048,
             maglev: 128,
             flows: 8192,
+            fragments: 128,
             sockets: 2048,
             affinity: 2048,
             ranges: 2048,
@@ -234,7 +236,7 @@ fn another_size_keeps_every_entry() {
         };
         let second = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
         let names: BTreeSet<&str> = second.migrations().iter().map(|migration| migration.map.as_str()).collect();
-        assert_eq!(names.len(), 10, "{names:?}");
+        assert_eq!(names.len(), 11, "{names:?}");
         assert!(second.migrations().iter().all(|migration| migration.lost == 0), "{:?}", second.migrations());
         assert!(second.migrations()[0].difference.contains("max_entries"), "{:?}", second.migrations());
         assert!(sorted(second.maps().read().unwrap()) == before);

@@ -89,9 +89,9 @@ fn every_hook_is_attached_by_what_this_kernel_has() {
         let cgroup = Cgroup::new("attached");
         for (mode, expected) in [(AttachMode::Auto, preferred()), (AttachMode::Clsact, Attachment::Clsact)] {
             let root = BpfRoot::new();
-            let mut datapath = Datapath::load(&LoadOptions { attach: mode, ..options(root.path()) }).unwrap();
+            let mut datapath = Datapath::load(&LoadOptions { attach: mode, ..dual(root.path()) }).unwrap();
             let hooks = datapath.attach_device(LAN, ifindex(LAN)).unwrap();
-            for hook in [hooks.ingress, hooks.egress] {
+            for hook in [hooks.ingress, hooks.egress].into_iter().chain(hooks.ipv6.expect("both families are served")) {
                 assert_eq!((hook.attached, hook.error), (Some(expected), None));
             }
             for hook in datapath.attach_cgroup(cgroup.path()) {
@@ -138,7 +138,7 @@ fn r34_each_program_that_is_refused_leaves_the_others_working() {
         ip("link set tun0 up");
         for refused in &all {
             let root = BpfRoot::new();
-            let mut datapath = Datapath::load_object(&corrupted(refused), &options(root.path())).unwrap();
+            let mut datapath = Datapath::load_object(&corrupted(refused), &dual(root.path())).unwrap();
             datapath.attach_device(LAN, ifindex(LAN)).unwrap();
             datapath.attach_device("tun0", ifindex("tun0")).unwrap();
             datapath.attach_cgroup(cgroup.path());

@@ -129,46 +129,6 @@ fn a_cluster_ip_is_not_reached_from_outside() {
     });
 }
 
-/// Makes a fragment out of a packet.
-fn fragment(mut frame: Vec<u8>, offset_and_flags: u16) -> Vec<u8> {
-    frame[IP + 6..IP + 8].copy_from_slice(&offset_and_flags.to_be_bytes());
-    seal_ip(&mut frame);
-    frame
-}
-
-#[test]
-fn fragments_to_our_addresses_are_dropped_and_others_pass() {
-    isolated(|| {
-        let mut rig = Rig::new();
-        const MORE: u16 = 0x2000;
-        for port in [TO_LOCAL, TO_REMOTE] {
-            let whole = udp((CLIENT, 40_000), (VIP, port), &[1; 64]);
-            rig.assert_dropped(&fragment(whole.clone(), MORE), DropReason::Fragment);
-            rig.assert_dropped(&fragment(whole.clone(), 8), DropReason::Fragment);
-            rig.assert_dropped(&fragment(whole.clone(), MORE | 8), DropReason::Fragment);
-            // Of a known flow as well.
-            rig.ingress(&whole);
-            rig.assert_dropped(&fragment(whole, MORE), DropReason::Fragment);
-        }
-        // "Don't fragment" is no fragment.
-        assert_eq!(rig.ingress(&fragment(udp((CLIENT, 41_000), (VIP, TO_LOCAL), b""), 0x4000)).0, NEXT);
-        for offset in [MORE, 8] {
-            rig.assert_untouched(&fragment(udp((CLIENT, 40_000), (NODE, 53), &[1; 64]), offset));
-        }
-    });
-}
-
-#[test]
-fn a_fragmented_reply_is_dropped_on_egress_and_counted_there() {
-    isolated(|| {
-        let mut rig = Rig::new();
-        let (_, out) = rig.ingress(&udp((CLIENT, 40_000), (VIP, TO_LOCAL), b"?"));
-        let (from, to) = ends(&out);
-        let (code, _) = rig.egress(&fragment(udp(to, from, &[1; 64]), 0x2000));
-        assert_eq!((code, rig.dropped(DropReason::Fragment, Direction::Egress)), (SHOT, 1));
-    });
-}
-
 #[test]
 fn other_transports_to_our_addresses_are_dropped() {
     isolated(|| {

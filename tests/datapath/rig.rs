@@ -1,7 +1,7 @@
 //! A node to test on: namespaces, a LAN device, routes, loaded programs, and a few services.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -11,8 +11,9 @@ use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
-    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
-    SetRef, Settings, SourceRange, SourceRangeKey, frontend_flags, proto,
+    FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SetRef, Settings, SourceRange,
+    SourceRangeKey, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;
@@ -32,6 +33,15 @@ pub(crate) const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 pub(crate) const LOCAL_POD: Ipv4Addr = Ipv4Addr::new(10, 42, 1, 5);
 pub(crate) const REMOTE_POD: Ipv4Addr = Ipv4Addr::new(10, 42, 2, 5);
 pub(crate) const LAN: &str = "lan0";
+
+/// The same of IPv6.
+pub(crate) const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0x10);
+pub(crate) const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0x50);
+pub(crate) const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 0x100);
+pub(crate) const CLUSTER_IP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1);
+pub(crate) const LOCAL_POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x42, 1, 0, 0, 0, 0, 5);
+pub(crate) const REMOTE_POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x42, 2, 0, 0, 0, 0, 5);
+const ROUTELESS_POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x42, 9, 0, 0, 0, 0, 5);
 
 /// Ports of [`VIP`], by what is behind them.
 pub(crate) const TO_LOCAL: u16 = 80;
@@ -94,6 +104,7 @@ pub(crate) fn small() -> MapSizes {
         backends: 1024,
         maglev: 64,
         flows: 4096,
+        fragments: 64,
         sockets: 1024,
         affinity: 1024,
         ranges: 1024,
@@ -104,6 +115,11 @@ pub(crate) fn small() -> MapSizes {
 
 pub(crate) fn options(root: &Path) -> LoadOptions {
     LoadOptions { max_entries: small(), ..LoadOptions::new(root) }
+}
+
+/// [`options`] that serve both families.
+pub(crate) fn dual(root: &Path) -> LoadOptions {
+    LoadOptions { ipv6: true, ..options(root) }
 }
 
 /// A pair of devices, one of which is the node's leg on the LAN, and the routes of a node with two neighbours.
@@ -118,11 +134,19 @@ pub(crate) fn network() {
     ip("route add 10.42.2.0/24 via 192.168.1.11");
     ip("route add unreachable 10.42.9.0/24");
     ip("route add default via 192.168.1.11");
+    ip("addr add fd00:1::10/64 dev lan0 nodad");
+    ip("neigh add fd00:1::50 lladdr 02:00:00:00:00:50 dev lan0");
+    ip("neigh add fd00:1::11 lladdr 02:00:00:00:00:11 dev lan0");
+    ip("route add fd00:42:2::/48 via fd00:1::11");
+    ip("route add unreachable fd00:42:9::/48");
+    ip("route add default via fd00:1::11");
     forwarding(true);
 }
 
 pub(crate) fn forwarding(on: bool) {
-    fs::write("/proc/sys/net/ipv4/ip_forward", if on { "1" } else { "0" }).expect("root may set sysctls");
+    for sysctl in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        fs::write(format!("/proc/sys/net/{sysctl}"), if on { "1" } else { "0" }).expect("root may set sysctls");
+    }
 }
 
 pub(crate) fn now() -> u64 {
@@ -134,7 +158,7 @@ pub(crate) fn settings() -> Settings {
     Settings {
         alive_at: now(),
         alive_for: 60_000_000_000,
-        flags: SETTING_REJECT_NO_BACKEND | SETTING_ANSWER_PING,
+        flags: SETTING_REJECT_NO_BACKEND | SETTING_ANSWER_PING | SETTING_FOLLOW_FRAGMENTS4 | SETTING_FOLLOW_FRAGMENTS6,
         snat_min: 61_000,
         snat_max: 65_000,
         maglev_seed: 7,
@@ -142,11 +166,11 @@ pub(crate) fn settings() -> Settings {
     }
 }
 
-pub(crate) fn frontend(addr: Ipv4Addr, port: u16, protocol: u8) -> FrontendKey {
+pub(crate) fn frontend(addr: impl Into<Addr>, port: u16, protocol: u8) -> FrontendKey {
     FrontendKey { addr: addr.into(), port: Be16::new(port), proto: protocol, pad: 0 }
 }
 
-pub(crate) fn backend(addr: Ipv4Addr, port: u16, protocol: u8, local: bool) -> Backend {
+pub(crate) fn backend(addr: impl Into<Addr>, port: u16, protocol: u8, local: bool) -> Backend {
     Backend {
         addr: addr.into(),
         port: Be16::new(port),
@@ -169,34 +193,49 @@ pub(crate) const ROUTELESS_ID: u32 = 3;
 
 /// Services of the rig: for TCP and UDP, ports of [`VIP`] as named above, and a ClusterIP at 80.
 pub(crate) fn services() -> Vec<Op> {
+    let routeless = Ipv4Addr::new(10, 42, 9, 5);
+    let mut ops = services_of(VIP.into(), CLUSTER_IP.into(), [LOCAL_POD, REMOTE_POD, routeless].map(IpAddr::from), 0);
+    // Of a service that the rig does not have.
+    let range = SourceRange { service: 99, list: 0, addr: Ipv4Addr::UNSPECIFIED.into() };
+    ops.push(Op::PutSourceRange(SourceRangeKey { prefix_len: SOURCE_RANGE_BITS + 96, range }));
+    ops
+}
+
+/// What is added to the id of a backend for that of its sibling of IPv6.
+pub(crate) const SIX: u32 = 20;
+
+/// The same services of IPv6, at [`VIP6`] and [`CLUSTER_IP6`].
+pub(crate) fn services6() -> Vec<Op> {
+    let pods = [LOCAL_POD6, REMOTE_POD6, ROUTELESS_POD6].map(IpAddr::from);
+    services_of(VIP6.into(), CLUSTER_IP6.into(), pods, SIX)
+}
+
+fn services_of(vip: IpAddr, cluster_ip: IpAddr, pods: [IpAddr; 3], base: u32) -> Vec<Op> {
     let mut ops = Vec::new();
-    for (protocol, first) in [(proto::TCP, 0), (proto::UDP, 10)] {
-        let pods = [(LOCAL_POD, true), (REMOTE_POD, false), (Ipv4Addr::new(10, 42, 9, 5), false)];
+    for (protocol, first) in [(proto::TCP, base), (proto::UDP, base + 10)] {
+        let pods = pods.into_iter().zip([true, false, false]);
         for (id, (addr, local)) in (first + 1..).zip(pods) {
             ops.push(Op::Backend(id, backend(addr, 8080, protocol, local)));
             // Slot 0 stays empty, so that a wrong base is seen.
             ops.push(Op::Slot(id, id));
         }
-        let vip = |port, base, count, extra| {
+        let at_vip = |port, base, count, extra| {
             let flags = frontend_flags::ROUTABLE | extra;
-            Op::PutFrontend(frontend(VIP, port, protocol), value(FrontendKind::LoadBalancer, flags, base, count))
+            Op::PutFrontend(frontend(vip, port, protocol), value(FrontendKind::LoadBalancer, flags, base, count))
         };
-        ops.push(vip(TO_LOCAL, first + LOCAL_ID, 1, 0));
-        ops.push(vip(TO_REMOTE, first + REMOTE_ID, 1, 0));
-        ops.push(vip(TO_NOBODY, 0, 0, 0));
-        ops.push(vip(TO_ROUTELESS, first + ROUTELESS_ID, 1, 0));
-        ops.push(vip(TO_MAGLEV, first + LOCAL_ID, 2, frontend_flags::MAGLEV));
+        ops.push(at_vip(TO_LOCAL, first + LOCAL_ID, 1, 0));
+        ops.push(at_vip(TO_REMOTE, first + REMOTE_ID, 1, 0));
+        ops.push(at_vip(TO_NOBODY, 0, 0, 0));
+        ops.push(at_vip(TO_ROUTELESS, first + ROUTELESS_ID, 1, 0));
+        ops.push(at_vip(TO_MAGLEV, first + LOCAL_ID, 2, frontend_flags::MAGLEV));
         let table: Arc<[u32]> = (0..MAGLEV_TABLE_SIZE).map(|i| first + 1 + i % 2).collect();
         ops.push(Op::PutMaglev(first + LOCAL_ID, table));
         ops.push(Op::PutFrontend(
-            frontend(CLUSTER_IP, 80, protocol),
+            frontend(cluster_ip, 80, protocol),
             value(FrontendKind::ClusterIp, 0, first + LOCAL_ID, 1),
         ));
     }
-    // Of a service that the rig does not have.
-    let range = SourceRange { service: 99, list: 0, addr: Ipv4Addr::UNSPECIFIED.into() };
-    ops.push(Op::PutSourceRange(SourceRangeKey { prefix_len: SOURCE_RANGE_BITS + 96, range }));
-    for (addr, reach) in [(VIP, frontend_flags::ROUTABLE), (CLUSTER_IP, 0)] {
+    for (addr, reach) in [(vip, frontend_flags::ROUTABLE), (cluster_ip, 0)] {
         let wildcard = value(FrontendKind::ClusterIp, frontend_flags::WILDCARD | reach, 0, 0);
         ops.push(Op::PutFrontend(frontend(addr, 0, proto::ANY), wildcard));
     }
@@ -209,13 +248,20 @@ pub(crate) struct Rig {
     pub(crate) maps: Arc<KernelMaps>,
     pub(crate) lan: u32,
     /// Unmounted last.
-    _root: BpfRoot,
+    root: BpfRoot,
 }
 
 impl Rig {
     /// Network, programs, services; nothing attached.
     pub(crate) fn new() -> Self {
         Self::with(small())
+    }
+
+    /// A node that serves both families.
+    pub(crate) fn dual() -> Self {
+        let rig = Self::new();
+        rig.maps.apply(&services6()).expect("services");
+        rig
     }
 
     pub(crate) fn with(sizes: MapSizes) -> Self {
@@ -227,11 +273,16 @@ impl Rig {
         assert!(refused.is_empty(), "{refused:#?}");
         let maps = datapath.kernel_maps();
         let lan = ifindex(LAN);
-        let rig = Self { datapath, maps, lan, _root: root };
+        let rig = Self { datapath, maps, lan, root: root };
         rig.maps.write_settings(&settings()).expect("settings");
         rig.maps.put_device(lan, &device()).expect("device");
         rig.maps.apply(&services()).expect("services");
         rig
+    }
+
+    /// Where its maps and links are pinned.
+    pub(crate) fn root(&self) -> &Path {
+        self.root.path()
     }
 
     /// Runs a program on a packet as if it came in by, or went out of, the LAN device.
@@ -270,16 +321,26 @@ impl Rig {
         self.run("cil_to_netdev", packet)
     }
 
+    pub(crate) fn ingress6(&mut self, packet: &[u8]) -> (i32, Vec<u8>) {
+        self.run("cil_from_netdev6", packet)
+    }
+
+    pub(crate) fn egress6(&mut self, packet: &[u8]) -> (i32, Vec<u8>) {
+        self.run("cil_to_netdev6", packet)
+    }
+
     /// Runs ingress and asserts that the packet is passed on as it was.
+    #[track_caller]
     pub(crate) fn assert_untouched(&mut self, packet: &[u8]) {
-        let (code, out) = self.ingress(packet);
+        let (code, out) = self.run(ingress_of(packet), packet);
         assert_eq!((code, out.as_slice()), (NEXT, packet));
     }
 
     /// Runs ingress and asserts that the packet is dropped, and counted once, for this reason.
+    #[track_caller]
     pub(crate) fn assert_dropped(&mut self, packet: &[u8], reason: DropReason) {
         let before = self.dropped(reason, Direction::Ingress);
-        let (code, _) = self.ingress(packet);
+        let (code, _) = self.run(ingress_of(packet), packet);
         assert_eq!((code, self.dropped(reason, Direction::Ingress)), (SHOT, before + 1), "{reason:?}");
     }
 
@@ -289,13 +350,13 @@ impl Rig {
     }
 }
 
+/// The program that serves a packet's family.
+fn ingress_of(packet: &[u8]) -> &'static str {
+    if packet[12..14] == [0x86, 0xdd] { "cil_from_netdev6" } else { "cil_from_netdev" }
+}
+
 pub(crate) fn device() -> DeviceValue {
-    DeviceValue {
-        mac: NODE_MAC,
-        flags: DEVICE_ETHERNET,
-        ipv4: u32::from_ne_bytes(NODE.octets()),
-        ipv6: Addr::UNSPECIFIED,
-    }
+    DeviceValue { mac: NODE_MAC, flags: DEVICE_ETHERNET, ipv4: u32::from_ne_bytes(NODE.octets()), ipv6: NODE6.into() }
 }
 
 /// A path below the temporary root.

@@ -136,11 +136,11 @@ impl Drop for Node {
     }
 }
 
-fn text(error: std::io::Error) -> String {
+pub(crate) fn text(error: std::io::Error) -> String {
     format!("{error} ({:?})", error.kind())
 }
 
-fn expect<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), String> {
+pub(crate) fn expect<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), String> {
     if is == should { Ok(()) } else { Err(format!("{what} is {is:?}, not {should:?}")) }
 }
 

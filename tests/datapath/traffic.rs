@@ -3,12 +3,12 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kinesin::datapath::Datapath;
+use kinesin::datapath::{Datapath, LoadOptions};
 use kinesin_abi::{FrontendKind, L2Key, frontend_flags, proto};
 use kinesin_core::plan::Op;
 use nix::sched::{CloneFlags, unshare};
@@ -17,7 +17,7 @@ use crate::rig::*;
 
 /// Port of [`VIP`] whose backend is the node itself.
 const TO_HOST: u16 = 85;
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -29,7 +29,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (jobs, queue) = mpsc::channel::<Job>();
         let (named, name) = mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -52,7 +52,7 @@ impl Host {
         result.recv().expect("the job did not panic")
     }
 
-    fn start(&self, job: impl FnOnce() + Send + 'static) {
+    pub(crate) fn start(&self, job: impl FnOnce() + Send + 'static) {
         self.jobs.as_ref().expect("open until dropped").send(Box::new(job)).expect("the thread lives");
     }
 
@@ -71,7 +71,8 @@ impl Drop for Host {
 }
 
 /// Echoes TCP connections and datagrams at an address until its namespace's sockets go.
-fn echo(at: (Ipv4Addr, u16)) {
+fn echo(at: (impl Into<IpAddr>, u16)) {
+    let at = SocketAddr::from(at);
     let listener = TcpListener::bind(at).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -84,7 +85,7 @@ fn echo(at: (Ipv4Addr, u16)) {
     });
     let socket = UdpSocket::bind(at).unwrap();
     std::thread::spawn(move || {
-        let mut buffer = [0; 2048];
+        let mut buffer = [0; 9000];
         while let Ok((len, from)) = socket.recv_from(&mut buffer) {
             let _ = socket.send_to(&buffer[..len], from);
         }
@@ -98,11 +99,33 @@ pub(crate) struct Lan {
     pub(crate) switch: Host,
     pub(crate) datapath: Option<Datapath>,
     pub(crate) root: BpfRoot,
+    dual: bool,
 }
 
 impl Lan {
+    /// The same with IPv6 beside IPv4, on every host and at the services.
+    pub(crate) fn dual() -> Self {
+        let lan = Self::serving(true);
+        ip("addr add fd00:1::10/64 dev lan0 nodad");
+        ip("addr add fd00:42:1::1/64 dev pod0 nodad");
+        ip("route add fd00:42:2::/48 via fd00:1::11");
+        lan.pod.ip(&["addr add fd00:42:1::5/64 dev eth0 nodad", "route add default via fd00:42:1::1"]);
+        lan.second.ip(&["addr add fd00:1::11/64 dev eth0 nodad", "addr add fd00:42:2::5/128 dev lo nodad"]);
+        lan.client.ip(&["addr add fd00:1::50/64 dev eth0 nodad", "route add fd00:99::/64 dev eth0"]);
+        lan.pod.run(|| echo((LOCAL_POD6, 8080)));
+        lan.second.run(|| echo((REMOTE_POD6, 8080)));
+        let maps = lan.datapath.as_ref().unwrap().maps();
+        maps.apply(&services6()).unwrap();
+        maps.put_l2(L2Key { addr: VIP6.into(), ifindex: ifindex(LAN) }).unwrap();
+        lan
+    }
+
     /// The calling thread becomes the node.
     pub(crate) fn new() -> Self {
+        Self::serving(false)
+    }
+
+    fn serving(dual: bool) -> Self {
         let [switch, client, pod, second] = std::array::from_fn(|_| Host::new());
         ip("link set lo up");
         switch.ip(&["link add br0 type bridge", "link set br0 up"]);
@@ -130,7 +153,7 @@ impl Lan {
         echo((NODE, 8080));
 
         let root = BpfRoot::new();
-        let mut lan = Self { client, pod, second, switch, datapath: None, root };
+        let mut lan = Self { client, pod, second, switch, datapath: None, root, dual };
         lan.start_agent();
         let maps = lan.datapath.as_ref().unwrap().maps();
         maps.write_settings(&settings()).unwrap();
@@ -152,15 +175,15 @@ impl Lan {
 
     /// Loads and attaches, in place of what is there.
     pub(crate) fn start_agent(&mut self) {
-        let mut datapath = Datapath::load(&options(self.root.path())).unwrap();
+        let mut datapath = Datapath::load(&LoadOptions { ipv6: self.dual, ..options(self.root.path()) }).unwrap();
         let hooks = datapath.attach_device(LAN, ifindex(LAN)).unwrap();
-        assert!(hooks.ingress.is_ok() && hooks.egress.is_ok(), "{hooks:?}");
+        assert!(hooks.are_ok(), "{hooks:?}");
         self.datapath = Some(datapath);
     }
 }
 
 /// Runs a program in a host's namespace; returns what it printed.
-fn command(host: &Host, line: &'static str) -> String {
+pub(crate) fn command(host: &Host, line: &'static str) -> String {
     host.run(move || {
         let mut words = line.split_whitespace();
         let program = words.next().expect("a program");
@@ -170,7 +193,11 @@ fn command(host: &Host, line: &'static str) -> String {
 }
 
 pub(crate) fn connect(port: u16) -> std::io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&(VIP, port).into(), PATIENCE)?;
+    connect_to((VIP, port).into())
+}
+
+pub(crate) fn connect_to(service: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&service, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
@@ -253,19 +280,23 @@ fn connections_outlive_the_agent_and_its_successors() {
 }
 
 /// Sends an echo request through a socket of the kernel's ping service and waits for the reply.
-fn ping(payload: &[u8]) -> std::io::Result<Vec<u8>> {
+pub(crate) fn ping(to: SocketAddr, payload: &[u8]) -> std::io::Result<Vec<u8>> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
     fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
-    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)?;
+    let (family, protocol, request, reply) = match to {
+        SocketAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8, 0),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 129),
+    };
+    let fd = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, protocol)?;
     // A datagram socket with a protocol of its own: the calls are the same.
     let socket = UdpSocket::from(fd);
     socket.set_read_timeout(Some(PATIENCE))?;
-    socket.connect((VIP, 1))?;
-    socket.send(&[&[8, 0, 0, 0, 0, 0, 0, 1], payload].concat())?;
-    let mut reply = vec![0; 2048];
-    let len = socket.recv(&mut reply)?;
-    assert_eq!((reply[0], reply[1], &reply[6..8]), (0, 0, &[0, 1][..]), "an echo reply");
-    Ok(reply[8..len].to_vec())
+    socket.connect(to)?;
+    socket.send(&[&[request, 0, 0, 0, 0, 0, 0, 1], payload].concat())?;
+    let mut answer = vec![0; 2048];
+    let len = socket.recv(&mut answer)?;
+    assert_eq!((answer[0], answer[1], &answer[6..8]), (reply, 0, &[0, 1][..]), "an echo reply");
+    Ok(answer[8..len].to_vec())
 }
 
 #[test]
@@ -275,7 +306,7 @@ fn a_service_address_answers_a_real_ping() {
         lan.client.run(|| {
             for len in [0, 1, 56, 1472] {
                 let payload = vec![len as u8; len];
-                assert_eq!(ping(&payload).unwrap(), payload);
+                assert_eq!(ping((VIP, 1).into(), &payload).unwrap(), payload);
             }
         });
         assert_eq!(lan.datapath.as_ref().unwrap().maps().drops().unwrap(), []);

@@ -35,13 +35,14 @@ impl Addr {
     /// Whether this is an IPv4-mapped address.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
-        self.words[0] == 0 && self.words[1] == 0 && self.words[2] == MAPPED
+        // Without branches, each of which the verifier would follow.
+        self.words[0] | self.words[1] | (self.words[2] ^ MAPPED) == 0
     }
 
     /// All four words zero: no address at all.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
-        self.words[0] == 0 && self.words[1] == 0 && self.words[2] == 0 && self.words[3] == 0
+        self.words[0] | self.words[1] | self.words[2] | self.words[3] == 0
     }
 }
 

@@ -59,9 +59,13 @@ reasons! {
     UnknownL4 = 142, "Unknown L4 protocol";
     /// ICMP to an address that is ours, which is neither answered nor about a connection.
     UnknownIcmpType = 144, "Unknown ICMPv4 type";
+    /// The same of ICMPv6.
+    UnknownIcmp6Type = 146, "Unknown ICMPv6 type";
     /// The connection could not be recorded.
     FlowInsertFailed = 155, "CT: Map insertion failed";
-    /// A fragment without ports.
+    /// Extension headers that are cut short, or lead to another address, to an address that is ours.
+    Extension = 156, "Invalid IPv6 extension header";
+    /// A fragment where fragments are not followed, or of ICMP.
     Fragment = 157, "IP fragmentation not supported";
     /// No backend, or a port of our address that no service has.
     NoBackend = 158, "Service backend not found";
@@ -73,6 +77,8 @@ reasons! {
     FibLookupFailed = 169, "FIB lookup failed";
     /// A ClusterIP addressed from outside.
     IsClusterIp = 174, "Is a ClusterIP";
+    /// A fragment that is not the first, whose first one has not been seen or was of no connection.
+    FragmentNotFound = 175, "First logical datagram fragment not found";
     /// `loadBalancerSourceRanges` does not contain the client.
     SourceRange = 177, "Denied by LB src range check";
     /// The packet's hop limit ran out here.

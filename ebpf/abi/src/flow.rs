@@ -94,4 +94,36 @@ pub struct SocketValue {
     pub backend: BackendId,
 }
 
-crate::pod! { FlowKey = 40, FlowValue = 56, SocketKey = 32, SocketValue = 24 }
+/// Key of the fragments map: what all fragments of a packet have in common.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FragmentKey {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Identification in wire order; of IPv4 in its lower half as loaded.
+    pub id: u32,
+    /// IP protocol number; 0 for IPv6, whose later fragments do not say.
+    pub proto: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// Value of the fragments map: what only the first fragment says.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FragmentValue {
+    /// CLOCK_MONOTONIC nanoseconds when it came.
+    pub at: u64,
+    /// Source port.
+    pub sport: Be16,
+    /// Destination port.
+    pub dport: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+crate::pod! { FragmentKey = 40, FragmentValue = 16, FlowKey = 40, FlowValue = 56, SocketKey = 32, SocketValue = 24 }

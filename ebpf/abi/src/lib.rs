@@ -21,8 +21,8 @@ pub use addr::{Addr, Be16};
 pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
-    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, SocketKey, SocketValue, TCP_SEEN_FIN,
-    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, FragmentKey, FragmentValue, SocketKey, SocketValue,
+    TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
 };
 pub use hash::maglev_index;
 pub use range::{
@@ -34,7 +34,7 @@ pub use service::{
 };
 pub use settings::{
     DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,
-    SETTING_ANSWER_PING, SETTING_REJECT_NO_BACKEND, Settings,
+    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, Settings,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.
@@ -46,6 +46,8 @@ pub mod proto {
     pub const ANY: u8 = 0;
     /// RFC 792.
     pub const ICMP: u8 = 1;
+    /// RFC 4443.
+    pub const ICMPV6: u8 = 58;
     /// RFC 9293.
     pub const TCP: u8 = 6;
     /// RFC 768.

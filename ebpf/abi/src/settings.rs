@@ -24,7 +24,7 @@ pub struct Settings {
     pub alive_at: u64,
     /// For how many nanoseconds after `alive_at` the programs answer ARP and NDP.
     pub alive_for: u64,
-    /// [`SETTING_REJECT_NO_BACKEND`], [`SETTING_ANSWER_PING`].
+    /// `SETTING_*`
     pub flags: u32,
     /// First source port for translated connections, host order (inclusive).
     pub snat_min: u16,
@@ -58,6 +58,12 @@ pub struct DeviceValue {
 
 /// The device has Ethernet headers.
 pub const DEVICE_ETHERNET: u16 = 1;
+
+/// Translate fragments of IPv4 packets.
+pub const SETTING_FOLLOW_FRAGMENTS4: u32 = 1 << 8;
+
+/// Translate fragments of IPv6 packets.
+pub const SETTING_FOLLOW_FRAGMENTS6: u32 = 1 << 9;
 
 /// Key of the l2 hash: an address that this node answers for, and on which device.
 #[repr(C)]

@@ -5,7 +5,7 @@
 
 use kinesin_abi::{Addr, DropReason};
 
-use crate::{lookup, packet, route, skb::Skb, verdict::Verdict};
+use crate::{lookup, packet::link, route, skb::Skb, verdict::Verdict};
 
 const HARDWARE_ETHERNET: u16 = 1u16.to_be();
 const PROTOCOL_IPV4: u16 = 0x0800u16.to_be();
@@ -30,7 +30,7 @@ struct Reply {
 /// Turns a request for one of our addresses into the reply and sends it back.
 #[inline(always)]
 pub fn respond(skb: Skb) -> Result<Verdict, DropReason> {
-    let Some(arp) = packet::arp(skb) else { return Ok(Verdict::Pass) };
+    let Some(arp) = link::arp(skb) else { return Ok(Verdict::Pass) };
     let well_formed = arp.hardware == HARDWARE_ETHERNET
         && arp.protocol == PROTOCOL_IPV4
         && arp.lengths == LENGTHS
@@ -40,8 +40,7 @@ pub fn respond(skb: Skb) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     let Some(device) = lookup::device(skb.ifindex()) else { return Ok(Verdict::Pass) };
-    let [a, b, c, d, e, f] = device.mac;
-    let mac = [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])];
+    let mac = link::halves(device.mac);
     let to_us = arp.eth.dst == BROADCAST || arp.eth.dst == mac;
     if !to_us || arp.sender_mac == mac || mac == [0; 3] {
         return Ok(Verdict::Pass);
@@ -61,5 +60,5 @@ pub fn respond(skb: Skb) -> Result<Verdict, DropReason> {
     }
     skb.store(0, &[requester, mac])?;
     skb.store(OPERATION, &reply)?;
-    Ok(Verdict::Answered(route::back(skb)))
+    Ok(Verdict::Answered(route::reflect(skb)))
 }

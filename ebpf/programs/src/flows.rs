@@ -64,10 +64,11 @@ fn closed(tcp: u8) -> bool {
     tcp & TCP_SEEN_RST != 0 || tcp & BOTH == BOTH
 }
 
-/// The key of the entry of the other direction.
+/// The key of the entry of the other direction, from that of this one. (Its padding comes along: three zero bytes would
+/// be a call.)
 #[inline(always)]
-fn partner_key(flow: &FlowValue, protocol: u8) -> FlowKey {
-    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto: protocol, pad: [0; 3] }
+fn partner_key(flow: &FlowValue, key: &FlowKey) -> FlowKey {
+    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, ..*key }
 }
 
 /// The entry of the other direction.
@@ -109,7 +110,7 @@ pub fn track(packet: &Packet, flow: &mut FlowValue) {
 fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
     flow.last_seen = now;
     flow.tcp |= seen;
-    let other = partner_key(flow, key.proto);
+    let other = partner_key(flow, key);
     if let Some(found) = FLOWS.get_ptr_mut(&other) {
         // SAFETY: points into the map.
         unsafe { (*found).tcp |= seen };
@@ -158,9 +159,10 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
     let own_port_fits = !opening.redirect || (own >= min && own - min < span);
     let range = min << 16 | span;
-    let mut result = allocate(client, &mut forward, range, own_port_fits as u32, 0);
+    let own_port = if own_port_fits { OWN_PORT } else { 0 };
+    let mut result = allocate(client, &mut forward, range, own_port);
     if result == OCCUPIED {
-        result = allocate(client, &mut forward, range, own_port_fits as u32, 1);
+        result = allocate(client, &mut forward, range, own_port | PRESSED);
     }
     match result {
         TAKEN => {}
@@ -177,21 +179,26 @@ const OCCUPIED: u32 = 0;
 const TAKEN: u32 = 1;
 const FAILED: u32 = 2;
 
+/// The client's own port will do.
+const OWN_PORT: u32 = 1;
+/// There is no other: take over connections that have just closed.
+const PRESSED: u32 = 2;
+
 /// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
-/// the first port and, in the lower half, how many there are.
+/// the first port and, in the lower half, how many there are; `how` is [`OWN_PORT`] and [`PRESSED`].
 #[inline(never)]
-fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32, pressed: u32) -> u32 {
+fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, how: u32) -> u32 {
     let reply = partner(client, forward);
-    let mut key = partner_key(forward, client.proto);
+    let mut key = partner_key(forward, client);
     let (min, span) = (range >> 16, range & 0xffff);
     for attempt in 0..ATTEMPTS {
-        if attempt > 0 || own_port_fits == 0 {
+        if attempt > 0 || how & OWN_PORT == 0 {
             if span == 0 {
                 return OCCUPIED;
             }
             key.dport = Be16::new((min + lookup::random_below(span)) as u16);
         }
-        let result = take(&key, &reply, pressed);
+        let result = take(&key, &reply, how & PRESSED);
         if result != OCCUPIED {
             forward.sport = key.dport;
             return result;
@@ -214,7 +221,7 @@ fn take(key: &FlowKey, reply: &FlowValue, pressed: u32) -> u32 {
     if let Some(holder) = FLOWS.get_ptr_mut(key) {
         // SAFETY: points into the map.
         let holder = unsafe { &*holder };
-        if !same_tuple(holder, reply) && !abandoned(holder, key.proto, reply.last_seen, pressed != 0) {
+        if !same_tuple(holder, reply) && !abandoned(holder, key, reply.last_seen, pressed != 0) {
             return OCCUPIED;
         }
     }
@@ -234,18 +241,18 @@ fn same_tuple(a: &FlowValue, b: &FlowValue) -> bool {
 
 /// Whether the connection of this reply entry is over, or has been silent for longer than it may.
 #[inline(always)]
-fn abandoned(reply: &FlowValue, protocol: u8, now: u64, pressed: bool) -> bool {
+fn abandoned(reply: &FlowValue, key: &FlowKey, now: u64, pressed: bool) -> bool {
     let over = closed(reply.tcp);
     // A closed connection may still send its last segments; spare it while others may do.
     if over && pressed {
         return true;
     }
-    let quiet = if protocol == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
+    let quiet = if key.proto == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
     if now.saturating_sub(reply.last_seen) <= quiet {
         return false;
     }
     // The client may be the only one who talks.
-    match FLOWS.get_ptr_mut(&partner_key(reply, protocol)) {
+    match FLOWS.get_ptr_mut(&partner_key(reply, key)) {
         // SAFETY: points into the map.
         Some(forward) => now.saturating_sub(unsafe { (*forward).last_seen }) > quiet,
         None => true,

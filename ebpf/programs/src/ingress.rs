@@ -1,78 +1,125 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    AffinityKey, BACKEND_LOCAL, Backend, BackendId, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue,
-    frontend_flags,
+    AffinityKey, BACKEND_LOCAL, Backend, BackendId, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    FrontendValue, SLOT_EMPTY, frontend_flags,
 };
 
 use crate::{
     affinity, arp,
+    family::{Family, V4, V6},
     flows::{self, Opening},
-    icmp, lookup,
-    packet::{self, Packet, Unparsed},
-    reject,
+    fragments, icmp, lookup, ndp,
+    packet::{Packet, Unparsed},
+    reject::{self, Reporter},
     rewrite::{self, Tuple},
     route::{self, Route},
-    skb::{ETHERNET, Skb, TO_ANOTHER_HOST, TO_US},
-    verdict::Verdict,
+    skb::{ETHERNET, Skb, TO_ANOTHER_HOST, TO_GROUP, TO_US},
+    verdict::{self, Verdict},
 };
 
 const ETH_ARP: u16 = 0x0806u16.to_be();
-const ETH_IPV4: u16 = 0x0800u16.to_be();
 
-/// A packet from a device into the node. `link` is the length of the link-layer header.
+/// A packet from a device into the node, but for IPv6. `link` is the length of the link-layer header.
 #[inline(always)]
 pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
         return Ok(Verdict::Pass);
     }
     match skb.protocol() {
-        ETH_IPV4 if skb.packet_type() == TO_US => match ipv4(skb, link) {
-            // Here alone, because the verifier follows it from wherever it is called.
-            Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
-                Ok(Verdict::Answered(reject::report(skb, link, reason as u32)))
-            }
-            Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report(skb, link, DropReason::NoBackend as u32))),
-            verdict => verdict,
-        },
+        V4::ETHERTYPE if skb.packet_type() == TO_US => serve::<V4>(skb, link),
         ETH_ARP if link == ETHERNET => arp::respond(skb),
         _ => Ok(Verdict::Pass),
     }
 }
 
+/// An IPv6 packet from a device into the node.
 #[inline(always)]
-fn ipv4(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+    if skb.protocol() != V6::ETHERTYPE || skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
+        return Ok(Verdict::Pass);
+    }
+    // Solicitations come to a group, or to the address itself from those who check that it is still here.
+    if link == ETHERNET
+        && (skb.packet_type() == TO_GROUP || skb.packet_type() == TO_US)
+        && let Some(verdict) = ndp::respond(skb)
+    {
+        return Ok(verdict);
+    }
+    if skb.packet_type() == TO_US { serve::<V6>(skb, link) } else { Ok(Verdict::Pass) }
+}
+
+/// A packet for this node's MAC.
+#[inline(always)]
+fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
-    let parsed = packet::ipv4(skb, link, packet);
+    let parsed = parse::<F>(skb, link, packet);
     // Looked up again, so that the compiler cannot carry over what it knows about the values just written.
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
         if unparsed == Unparsed::Icmp {
-            return icmp::from_netdev(skb, link);
+            return icmp::from_netdev::<F>(skb, link);
         }
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
             return Ok(Verdict::Pass);
         }
         return Err(match unparsed {
             Unparsed::UnknownL4 => DropReason::UnknownL4,
+            Unparsed::Fragment if fragments::enabled::<F>() => DropReason::FragmentNotFound,
             Unparsed::Fragment => DropReason::Fragment,
+            Unparsed::Extension if F::AF == V6::AF => DropReason::Extension,
             _ => DropReason::InvalidPacket,
         });
     }
+    if F::LONG_ADDRESSES { Ok(Verdict::Answered(apart::<F>(skb, link))) } else { answer::<F>(skb, link, packet) }
+}
+
+/// [`answer`] with a stack of its own: with that of ICMP there is no room for long addresses.
+#[inline(never)]
+fn apart<F: Reporter>(skb: Skb, link: u32) -> i32 {
+    let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::Pass)) };
+    verdict::finish(skb, Direction::Ingress, answer::<F>(skb, link, packet))
+}
+
+/// What [`translate`] makes of a packet, and an answer where its sender is owed one.
+#[inline(always)]
+fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+    match translate::<F>(skb, packet) {
+        // Here alone, because the verifier follows it from wherever it is called.
+        Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
+            Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32)))
+        }
+        Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report::<F>(skb, link, DropReason::NoBackend as u32))),
+        verdict => verdict,
+    }
+}
+
+/// A packet with ports.
+#[inline(always)]
+fn translate<F: Family>(skb: Skb, packet: &Packet) -> Result<Verdict, DropReason> {
     if let Some(flow) = flows::find(packet) {
-        return follow(skb, packet, flow);
+        return follow::<F>(skb, packet, flow);
     }
     match lookup::frontend(&packet.flow)? {
-        Some(frontend) => begin(skb, packet, frontend),
+        Some(frontend) => begin::<F>(skb, packet, frontend),
         None => Ok(Verdict::Pass),
+    }
+}
+
+/// Reads a packet; the ports of a later fragment come from its first one.
+#[inline(always)]
+fn parse<F: Family>(skb: Skb, link: u32, packet: &mut Packet) -> Result<(), Unparsed> {
+    match F::parse(skb, link, packet) {
+        Err(Unparsed::Fragment) if fragments::follow::<F>(packet) != 0 => Ok(()),
+        parsed => parsed,
     }
 }
 
 /// A packet of a known connection.
 #[inline(always)]
-fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
-    if packet.fragmented != 0 {
+fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
+    if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
         return Err(DropReason::Fragment);
     }
     let redirect = flow.flags & FLOW_REDIRECT != 0;
@@ -86,28 +133,34 @@ fn follow(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, Dr
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
     if !redirect {
-        rewrite::translate(skb, packet, &to, false)?;
+        rewrite::translate::<F>(skb, packet, &to, false)?;
         return Ok(Verdict::Translated);
     }
-    let route = route::find(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
-    rewrite::translate(skb, packet, &to, true)?;
-    Ok(Verdict::Sent(route::send(skb, &route)))
+    let route = route::find::<F>(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
+    rewrite::translate::<F>(skb, packet, &to, true)?;
+    Ok(Verdict::Sent(route::send::<F>(skb, &route)))
 }
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
+fn begin<F: Family>(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }
     if frontend.flags & frontend_flags::ROUTABLE == 0 {
         return Err(DropReason::IsClusterIp);
     }
-    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 && !lookup::serves_client(frontend, packet.flow.src) {
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 && lookup::serves_client(frontend, &packet.flow.src) == 0 {
         return Err(DropReason::SourceRange);
     }
     if packet.fragmented != 0 {
-        return Err(DropReason::Fragment);
+        // The connection of its first one is over.
+        if packet.fragmented == fragments::LATER {
+            return Err(DropReason::FragmentNotFound);
+        }
+        if fragments::lead::<F>(packet) == 0 {
+            return Err(DropReason::Fragment);
+        }
     }
     if frontend.external.count == 0 {
         return Ok(Verdict::Refused);
@@ -120,13 +173,13 @@ fn begin(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict,
         if packet.ttl <= 1 {
             return Err(DropReason::TtlExceeded);
         }
-        route = route::find(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
-        source = lookup::source_address(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
+        route = route::find::<F>(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
+        source = lookup::source_address::<F>(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
     let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
-    rewrite::translate(skb, packet, &to, redirect)?;
-    if redirect { Ok(Verdict::Sent(route::send(skb, &route))) } else { Ok(Verdict::Translated) }
+    rewrite::translate::<F>(skb, packet, &to, redirect)?;
+    if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::Translated) }
 }
 
 /// The backend that the client is bound to, else any.
@@ -135,25 +188,33 @@ fn choose(frontend: &FrontendValue, packet: &Packet) -> Option<(BackendId, &'sta
     if frontend.flags & frontend_flags::AFFINITY == 0 {
         return lookup::select(frontend, &packet.flow).map(|chosen| (chosen.id, chosen.backend));
     }
+    let id = bound(frontend, packet);
+    lookup::backend(id).map(|backend| (id, backend))
+}
+
+/// The backend of a client of a service with session affinity; 0 where there is none. A sentence of its own, so that
+/// services without do not carry its keys.
+#[inline(never)]
+fn bound(frontend: &FrontendValue, packet: &Packet) -> BackendId {
     let client = AffinityKey { client: packet.flow.src, service: frontend.service, flags: 0 };
-    if let Some(bound) = affinity::recall(frontend, frontend.external, &client) {
-        return Some(bound);
+    if let Some((id, _)) = affinity::recall(frontend, frontend.external, &client) {
+        return id;
     }
-    let chosen = lookup::select(frontend, &packet.flow)?;
+    let Some(chosen) = lookup::select(frontend, &packet.flow) else { return SLOT_EMPTY };
     affinity::remember(&client, &chosen);
-    Some((chosen.id, chosen.backend))
+    chosen.id
 }
 
 /// A packet from the node out of a device: only replies of local backends are ours.
 #[inline(always)]
-pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    if skb.take_translated() || skb.protocol() != ETH_IPV4 {
+pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+    if skb.protocol() != F::ETHERTYPE || skb.take_translated() {
         return Ok(Verdict::Pass);
     }
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
-    match packet::ipv4(skb, link, packet) {
+    match parse::<F>(skb, link, packet) {
         Ok(()) => {}
-        Err(Unparsed::Icmp) => return icmp::to_netdev(skb),
+        Err(Unparsed::Icmp) => return icmp::to_netdev::<F>(skb),
         Err(_) => return Ok(Verdict::Pass),
     }
     let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
@@ -162,9 +223,9 @@ pub fn to_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
-    if packet.fragmented != 0 {
+    if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
         return Err(DropReason::Fragment);
     }
-    rewrite::translate(skb, packet, &to, false)?;
+    rewrite::translate::<F>(skb, packet, &to, false)?;
     Ok(Verdict::Translated)
 }

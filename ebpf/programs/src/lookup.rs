@@ -7,6 +7,7 @@ use kinesin_abi::{
     SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
 };
 
+use crate::family::Family;
 use crate::maps::{
     BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
@@ -55,16 +56,17 @@ pub fn frontend(flow: &FlowKey) -> Result<Option<&'static FrontendValue>, DropRe
     }
 }
 
-/// Whether a client outside is one that the service serves.
-#[inline(always)]
-pub fn serves_client(frontend: &FrontendValue, client: Addr) -> bool {
+/// 1 where a client outside is one that the service serves. A sentence of its own, so that services without ranges do
+/// not carry its key.
+#[inline(never)]
+pub fn serves_client(frontend: &FrontendValue, client: &Addr) -> u32 {
     let deny = frontend.flags & frontend_flags::SOURCE_RANGES_DENY != 0;
     let mut list = if deny { SOURCE_RANGE_DENY } else { 0 };
     if !client.is_v4() {
         list |= SOURCE_RANGE_IPV6;
     }
-    let range = SourceRange { service: frontend.service, list, addr: client };
-    RANGES.get(&Key::new(SOURCE_RANGE_ALL_BITS, range)).is_some() != deny
+    let range = SourceRange { service: frontend.service, list, addr: *client };
+    (RANGES.get(&Key::new(SOURCE_RANGE_ALL_BITS, range)).is_some() != deny) as u32
 }
 
 /// A backend by id, unless the id is free.
@@ -151,9 +153,9 @@ pub fn device(ifindex: u32) -> Option<&'static DeviceValue> {
 
 /// The source address for connections that leave by one device and came in by another.
 #[inline(always)]
-pub fn source_address(egress: u32, ingress: u32) -> Option<Addr> {
-    let of = |ifindex| device(ifindex).map(|device| device.ipv4).filter(|&ipv4| ipv4 != 0);
-    of(egress).or_else(|| of(ingress)).map(Addr::from_v4_raw)
+pub fn source_address<F: Family>(egress: u32, ingress: u32) -> Option<Addr> {
+    let of = |ifindex| device(ifindex).and_then(F::of_device);
+    of(egress).or_else(|| of(ingress))
 }
 
 /// CLOCK_MONOTONIC in nanoseconds.

@@ -1,7 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
-//! `packet` alone reads packet memory, `lookup` and `flows` alone touch maps, `rewrite`, `arp`, `icmp` and `reject` alone
-//! write.
+//! `packet` alone reads packet memory, `lookup`, `flows`, `fragments` and `affinity` alone touch maps, `rewrite`, `arp`, `ndp`, `icmp` and
+//! `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`; each has programs of its own.
 //! Names are Cilium's, so that habits with `bpftool` carry over. Deliberately absent: CO-RE, kernel BTF, kfuncs,
 //! `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
 #![no_std]
@@ -15,11 +15,14 @@ extern crate std;
 
 mod affinity;
 mod arp;
+mod family;
 mod flows;
+mod fragments;
 mod icmp;
 mod ingress;
 mod lookup;
 mod maps;
+mod ndp;
 mod packet;
 mod reject;
 mod rewrite;
@@ -34,34 +37,39 @@ use aya_ebpf::{
 };
 use kinesin_abi::Direction;
 
-use crate::skb::{ETHERNET, NO_LINK_HEADER, Skb};
+use crate::{
+    family::{V4, V6},
+    skb::{ETHERNET, NO_LINK_HEADER, Skb},
+};
 
-/// From the LAN into the node: ARP, services, and replies of remote backends.
-#[classifier]
-pub fn cil_from_netdev(ctx: TcContext) -> i32 {
-    let skb = Skb::new(&ctx);
-    verdict::finish(skb, Direction::Ingress, ingress::from_netdev(skb, ETHERNET))
+macro_rules! device_programs {
+    ($($(#[$doc:meta])* $name:ident => $direction:ident, $handler:expr, $link:expr;)*) => {$(
+        $(#[$doc])*
+        #[classifier]
+        pub fn $name(ctx: TcContext) -> i32 {
+            let skb = Skb::new(&ctx);
+            verdict::finish(skb, Direction::$direction, $handler(skb, $link))
+        }
+    )*};
 }
 
-/// Out of the node: replies of local backends.
-#[classifier]
-pub fn cil_to_netdev(ctx: TcContext) -> i32 {
-    let skb = Skb::new(&ctx);
-    verdict::finish(skb, Direction::Egress, ingress::to_netdev(skb, ETHERNET))
-}
-
-/// [`cil_from_netdev`] for devices without Ethernet header.
-#[classifier]
-pub fn cil_from_l3dev(ctx: TcContext) -> i32 {
-    let skb = Skb::new(&ctx);
-    verdict::finish(skb, Direction::Ingress, ingress::from_netdev(skb, NO_LINK_HEADER))
-}
-
-/// [`cil_to_netdev`] for devices without Ethernet header.
-#[classifier]
-pub fn cil_to_l3dev(ctx: TcContext) -> i32 {
-    let skb = Skb::new(&ctx);
-    verdict::finish(skb, Direction::Egress, ingress::to_netdev(skb, NO_LINK_HEADER))
+device_programs! {
+    /// From the LAN into the node: ARP, services, and replies of remote backends.
+    cil_from_netdev => Ingress, ingress::from_netdev, ETHERNET;
+    /// Out of the node: replies of local backends.
+    cil_to_netdev => Egress, ingress::to_netdev::<V4>, ETHERNET;
+    /// [`cil_from_netdev`] for devices without Ethernet header.
+    cil_from_l3dev => Ingress, ingress::from_netdev, NO_LINK_HEADER;
+    /// [`cil_to_netdev`] for devices without Ethernet header.
+    cil_to_l3dev => Egress, ingress::to_netdev::<V4>, NO_LINK_HEADER;
+    /// IPv6 from the LAN into the node: solicitations, services, and replies of remote backends.
+    cil_from_netdev6 => Ingress, ingress::from_netdev6, ETHERNET;
+    /// IPv6 out of the node: replies of local backends.
+    cil_to_netdev6 => Egress, ingress::to_netdev::<V6>, ETHERNET;
+    /// [`cil_from_netdev6`] for devices without Ethernet header.
+    cil_from_l3dev6 => Ingress, ingress::from_netdev6, NO_LINK_HEADER;
+    /// [`cil_to_netdev6`] for devices without Ethernet header.
+    cil_to_l3dev6 => Egress, ingress::to_netdev::<V6>, NO_LINK_HEADER;
 }
 
 macro_rules! sock_programs {
@@ -83,13 +91,13 @@ sock_programs! {
     recvmsg4 cil_sock4_recvmsg => sock::restore4;
     /// The address that `getpeername(2)` tells.
     getpeername4 cil_sock4_getpeername => sock::restore4;
-    /// `connect(2)` of IPv6 sockets to IPv4-mapped addresses.
+    /// `connect(2)` of IPv6 sockets.
     connect6 cil_sock6_connect => sock::connect6;
-    /// `sendmsg(2)` of unconnected IPv6 UDP sockets to IPv4-mapped addresses.
+    /// `sendmsg(2)` of unconnected IPv6 UDP sockets.
     sendmsg6 cil_sock6_sendmsg => sock::connect6;
-    /// The IPv4-mapped source address that `recvfrom(2)` tells.
+    /// The source address that `recvfrom(2)` tells IPv6 sockets.
     recvmsg6 cil_sock6_recvmsg => sock::restore6;
-    /// The IPv4-mapped address that `getpeername(2)` tells.
+    /// The address that `getpeername(2)` tells IPv6 sockets.
     getpeername6 cil_sock6_getpeername => sock::restore6;
 }
 

@@ -7,7 +7,8 @@ use aya_ebpf::{
 };
 use kinesin_abi::{
     AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue,
-    FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings, SocketKey, SocketValue, SourceRange,
+    FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings, SocketKey,
+    SocketValue, SourceRange,
 };
 
 use crate::packet::Packet;
@@ -33,6 +34,10 @@ pub static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, 65536, NO_PREALLOC> = 
 /// Connections: what the tuple of a packet becomes.
 #[btf_map]
 pub static FLOWS: LruHashMap<FlowKey, FlowValue, 131072> = LruHashMap::new();
+
+/// Packets in fragments: the ports, which only the first one has.
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue, 8192> = LruHashMap::new();
 
 /// Translated sockets: what the application asked for.
 #[btf_map]

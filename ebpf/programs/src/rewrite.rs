@@ -2,10 +2,21 @@
 
 use kinesin_abi::{Addr, Be16, DropReason, proto};
 
-use crate::{packet::Packet, skb::Skb};
+use crate::{
+    family::{Family, V6},
+    fragments::LATER,
+    packet::{Packet, Quoted},
+    skb::Skb,
+};
 
 /// Offset of the TTL in the IPv4 header; protocol, checksum and both addresses follow it.
 const TTL: u32 = 8;
+/// Offset of the checksum in the IPv4 header; both addresses follow it.
+const IP_CHECK: u32 = 10;
+/// Offset of the payload length in the IPv6 header; next header, hop limit and both addresses follow it.
+const PAYLOAD: u32 = 4;
+/// Offset of the addresses in the IPv6 header.
+const ADDRESSES: u32 = 8;
 const TCP_CHECK: u32 = 16;
 const UDP_CHECK: u32 = 6;
 
@@ -27,12 +38,39 @@ struct Tail {
     dst: u32,
 }
 
+/// Payload length to the end of an IPv6 header.
+#[repr(C)]
+struct Tail6 {
+    payload: u16,
+    next: u8,
+    hops: u8,
+    src: Addr,
+    dst: Addr,
+}
+
 /// Gives the packet a new tuple, and one hop less where it does not pass the host's stack.
 #[inline(always)]
-pub fn translate(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
+pub fn translate<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
+    if F::LONG_ADDRESSES {
+        return if apart::<F>(skb, packet, to, hop as u32) == 0 { Ok(()) } else { Err(DropReason::WriteError) };
+    }
+    write::<F>(skb, packet, to, hop)
+}
+
+/// [`write`] with a stack of its own; 0 where it worked.
+#[inline(never)]
+fn apart<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: u32) -> u32 {
+    write::<F>(skb, packet, to, hop != 0).is_err() as u32
+}
+
+#[inline(always)]
+fn write<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
     let old = &packet.flow;
     let ttl = if hop { packet.ttl.wrapping_sub(1) } else { packet.ttl };
-    let difference = header(skb, packet, ttl, to.src, to.dst)?;
+    let difference = F::header(skb, packet, ttl, to.src, to.dst)?;
+    if packet.fragmented == LATER {
+        return Ok(());
+    }
     let at = packet.l4 + if old.proto == proto::TCP { TCP_CHECK } else { UDP_CHECK };
     skb.replace_pseudo(at, difference, old.proto)?;
     let (from, ports) = (ports(old.sport, old.dport), ports(to.sport, to.dport));
@@ -43,9 +81,9 @@ pub fn translate(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(),
     Ok(())
 }
 
-/// Gives the IP header a TTL and addresses; returns how the sum of the addresses has changed.
+/// Gives an IPv4 header a TTL and addresses; returns how the sum of the addresses has changed.
 #[inline(always)]
-pub fn header(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+pub fn header4(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
     let old = &packet.flow;
     let (src, dst) = (src.v4_raw(), dst.v4_raw());
     let difference = change(old.src.v4_raw(), src, old.dst.v4_raw(), dst);
@@ -53,6 +91,39 @@ pub fn header(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Resul
     let check = !fold(add(add(!(packet.ip_check as u32) & 0xffff, hops), difference));
     skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src, dst })?;
     Ok(difference)
+}
+
+/// Gives an IPv6 header a hop limit and addresses; returns how the sum of the addresses has changed.
+#[inline(always)]
+pub fn header6(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+    let difference = V6::difference(&packet.flow.src, &src, &packet.flow.dst, &dst);
+    let tail = Tail6 { payload: packet.payload, next: packet.next, hops, src, dst };
+    skb.store_and_sum(packet.l3 + PAYLOAD, &tail)?;
+    Ok(difference)
+}
+
+/// Gives an IPv4 header that an ICMP error quotes addresses, whose sum changes by `difference`.
+#[inline(always)]
+pub fn requote4(skb: Skb, quoted: &Quoted, difference: u32, src: Addr, dst: Addr) -> Result<(), DropReason> {
+    let check = updated(quoted.ip_check, difference);
+    let ([a, b], [c, d]) = halves(src.v4_raw(), dst.v4_raw());
+    skb.store(quoted.l3 + IP_CHECK, &[check, a, b, c, d])
+}
+
+/// Gives an IPv6 header that an ICMP error quotes addresses.
+#[inline(always)]
+pub fn requote6(skb: Skb, quoted: &Quoted, src: Addr, dst: Addr) -> Result<(), DropReason> {
+    skb.store_and_sum(quoted.l3 + ADDRESSES, &[src, dst])
+}
+
+/// Two words as they are in memory, by halves.
+#[inline(always)]
+fn halves(first: u32, second: u32) -> ([u16; 2], [u16; 2]) {
+    let split = |word: u32| {
+        let [a, b, c, d] = word.to_ne_bytes();
+        [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
+    };
+    (split(first), split(second))
 }
 
 /// How the sum of two words changes.

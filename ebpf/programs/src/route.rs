@@ -9,9 +9,11 @@ use aya_ebpf::{
 };
 use kinesin_abi::{Addr, DropReason};
 
-use crate::{lookup, skb::Skb};
-
-const AF_INET: u8 = 2;
+use crate::{
+    family::{Family, V4},
+    lookup,
+    skb::Skb,
+};
 
 /// A device and the next hop on it.
 pub struct Route {
@@ -28,14 +30,19 @@ impl Route {
 /// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one. Where
 /// the packet does not fit, that is the error, and `Packet::mtu` says what does.
 #[inline(always)]
-pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
+pub fn find<F: Family>(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
     let query = lookup::route_query().ok_or(DropReason::FibLookupFailed)?;
-    query.family = AF_INET;
+    query.family = F::AF;
     query.l4_protocol = protocol;
     query.__bindgen_anon_1.tot_len = len;
     query.ifindex = skb.ifindex();
-    query.__bindgen_anon_3.ipv4_src = src.v4_raw();
-    query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
+    if F::AF == V4::AF {
+        query.__bindgen_anon_3.ipv4_src = src.v4_raw();
+        query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
+    } else {
+        query.__bindgen_anon_3.ipv6_src = src.words;
+        query.__bindgen_anon_4.ipv6_dst = dst.words;
+    }
     // SAFETY: the structure outlives the call.
     let code = unsafe { h::bpf_fib_lookup(skb.as_ptr().cast(), query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
     // SAFETY: all members of the union are integers; IPv4 uses the first word.
@@ -63,7 +70,18 @@ pub fn find(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Ro
 
 /// Sends the packet; returns the code for the hook.
 #[inline(always)]
-pub fn send(skb: Skb, route: &Route) -> i32 {
+pub fn send<F: Family>(skb: Skb, route: &Route) -> i32 {
+    if F::LONG_ADDRESSES { apart(skb, route) } else { redirect(skb, route) }
+}
+
+/// [`redirect`] with a stack of its own.
+#[inline(never)]
+fn apart(skb: Skb, route: &Route) -> i32 {
+    redirect(skb, route)
+}
+
+#[inline(always)]
+fn redirect(skb: Skb, route: &Route) -> i32 {
     skb.mark_translated();
     if route.family == 0 {
         // SAFETY: no structure, so the kernel looks the next hop up on that device.
@@ -82,6 +100,12 @@ pub fn send(skb: Skb, route: &Route) -> i32 {
 #[inline(always)]
 pub fn back(skb: Skb) -> i32 {
     skb.mark_translated();
+    reflect(skb)
+}
+
+/// [`back`] for what egress does not look at.
+#[inline(always)]
+pub fn reflect(skb: Skb) -> i32 {
     // SAFETY: no pointers.
     unsafe { h::bpf_redirect(skb.ifindex(), 0) as i32 }
 }

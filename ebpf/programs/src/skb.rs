@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
     helpers::generated as h,
     programs::TcContext,
 };
@@ -15,6 +15,8 @@ pub const NO_LINK_HEADER: u32 = 0;
 
 /// `PACKET_HOST`: addressed to this device.
 pub const TO_US: u32 = 0;
+/// `PACKET_MULTICAST`.
+pub const TO_GROUP: u32 = 2;
 /// `PACKET_OTHERHOST`: flooded to us although addressed to another MAC.
 pub const TO_ANOTHER_HOST: u32 = 3;
 
@@ -115,9 +117,20 @@ impl Skb {
 
     #[inline(always)]
     pub fn store<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
+        self.write(offset, value, 0)
+    }
+
+    /// [`Self::store`], which also tells the kernel where a device has summed the packet up (`CHECKSUM_COMPLETE`).
+    #[inline(always)]
+    pub fn store_and_sum<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
+        self.write(offset, value, BPF_F_RECOMPUTE_CSUM as u64)
+    }
+
+    #[inline(always)]
+    fn write<T>(self, offset: u32, value: &T, flags: u64) -> Result<(), DropReason> {
         let from = core::ptr::from_ref(value).cast();
         // SAFETY: `value` is readable for its size, and the helper checks the offset.
-        let ret = unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, 0) };
+        let ret = unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, flags) };
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
     }
 
@@ -150,9 +163,9 @@ impl Skb {
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
     }
 
-    /// Cuts the packet to `len` bytes.
+    /// Cuts or grows the packet to `len` bytes.
     #[inline(always)]
-    pub fn truncate(self, len: u32) -> Result<(), DropReason> {
+    pub fn resize(self, len: u32) -> Result<(), DropReason> {
         // SAFETY: the context is valid.
         let ret = unsafe { h::bpf_skb_change_tail(self.0, len, 0) };
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }

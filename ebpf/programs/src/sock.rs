@@ -1,7 +1,7 @@
 //! Service addresses for sockets of this node and its pods: translated once, at `connect(2)`, instead of per packet.
 //!
-//! IPv6 sockets are served where they talk to IPv4-mapped addresses; real IPv6 passes. Wildcard entries do not concern
-//! sockets. Deliberately absent: Maglev, which serves connections that move between nodes.
+//! IPv6 sockets may talk to either family, to IPv4 by mapped addresses. Wildcard entries do not concern sockets.
+//! Deliberately absent: Maglev, which serves connections that move between nodes.
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated as h};
 use kinesin_abi::{
@@ -73,22 +73,27 @@ pub fn connect4(ctx: Context) -> i32 {
     }
 }
 
-/// Translates an IPv4-mapped destination.
+/// Translates an IPv6 or IPv4-mapped destination.
 #[inline(always)]
 pub fn connect6(ctx: Context) -> i32 {
-    let destination = v6(ctx);
-    if !destination.addr.is_v4() {
-        return ALLOW;
-    }
-    match translate(ctx, destination) {
+    match translate(ctx, v6(ctx)) {
         Ok(None) => ALLOW,
         Ok(Some(to)) => {
-            write!(ctx, user_ip6[3], to.addr.v4_raw());
-            write!(ctx, user_port, to.port.raw() as u32);
+            write6(ctx, &to);
             ALLOW
         }
         Err(NoBackend) => DENY,
     }
+}
+
+#[inline(always)]
+fn write6(ctx: Context, to: &Destination) {
+    let [a, b, c, d] = to.addr.words;
+    write!(ctx, user_ip6[0], a);
+    write!(ctx, user_ip6[1], b);
+    write!(ctx, user_ip6[2], c);
+    write!(ctx, user_ip6[3], d);
+    write!(ctx, user_port, to.port.raw() as u32);
 }
 
 /// Tells the application the service's address instead of the backend's.
@@ -101,16 +106,11 @@ pub fn restore4(ctx: Context) -> i32 {
     ALLOW
 }
 
-/// [`restore4`] for IPv4-mapped addresses.
+/// [`restore4`] for IPv6 sockets.
 #[inline(always)]
 pub fn restore6(ctx: Context) -> i32 {
-    let peer = v6(ctx);
-    if !peer.addr.is_v4() {
-        return ALLOW;
-    }
-    if let Some(service) = asked_for(ctx, peer) {
-        write!(ctx, user_ip6[3], service.addr.v4_raw());
-        write!(ctx, user_port, service.port.raw() as u32);
+    if let Some(service) = asked_for(ctx, v6(ctx)) {
+        write6(ctx, &Destination { addr: service.addr, port: service.port });
     }
     ALLOW
 }
@@ -156,11 +156,11 @@ fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static Fron
     if let Some(frontend) = lookup::frontend_exact(to.addr, to.port, protocol) {
         return (frontend.flags & frontend_flags::WILDCARD == 0).then_some(frontend);
     }
-    let [first, ..] = to.addr.v4_raw().to_ne_bytes();
-    if first != 127 || !on_the_node(ctx) {
+    let every = any_address(&to.addr)?;
+    if !on_the_node(ctx) {
         return None;
     }
-    let frontend = lookup::frontend_exact(Addr::from_v4_raw(0), to.port, protocol)?;
+    let frontend = lookup::frontend_exact(every, to.port, protocol)?;
     let kind = frontend.flags & frontend_flags::KIND;
     (kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32).then_some(frontend)
 }
@@ -177,6 +177,17 @@ fn on_the_node(ctx: Context) -> bool {
         node => node,
     };
     socket == node
+}
+
+/// What stands for every address of the node, of the family of a loopback address.
+#[inline(always)]
+fn any_address(addr: &Addr) -> Option<Addr> {
+    const LOOPBACK: Addr = Addr { words: [0, 0, 0, 1u32.to_be()] };
+    if addr.is_v4() {
+        let [first, ..] = addr.v4_raw().to_ne_bytes();
+        return (first == 127).then_some(Addr::from_v4_raw(0));
+    }
+    (*addr == LOOPBACK).then_some(Addr::UNSPECIFIED)
 }
 
 #[inline(always)]

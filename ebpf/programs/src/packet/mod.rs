@@ -2,27 +2,23 @@
 //!
 //! It is copied into per-CPU memory, not onto the stack: of values read back from there the verifier knows nothing, so
 //! it checks the rest of the program once, and not again for each way that parsing may have gone.
-//!
-//! Deliberately absent: IPv6, which becomes a sibling of [`ipv4`] with the same result.
 
-use kinesin_abi::{Addr, Be16, DropReason, FlowKey, proto};
+pub mod ipv4;
+pub mod ipv6;
+pub mod link;
 
-use crate::skb::Skb;
+use kinesin_abi::{Be16, DropReason, FlowKey, proto};
+
+use crate::{family::Family, reject::Headers6, skb::Skb};
 
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
 
-/// `more fragments` and the offset, of the IPv4 flags field.
-const FRAGMENT_OFFSET: u16 = 0x1fff;
-const MORE_FRAGMENTS: u16 = 0x2000;
-
-const DONT_FRAGMENT: u16 = 0x4000;
-
 /// No more than Ethernet, the longest IPv4 header, and TCP without options.
 const HEADERS: u32 = 14 + 60 + 20;
-/// The same of an ICMP error: its own headers, and those that it quotes.
-const QUOTING_HEADERS: u32 = 14 + 60 + 8 + 60 + 20;
+/// The same of an ICMP error: its own headers, and those that it quotes, of IPv6 with extension headers.
+const QUOTING_HEADERS: u32 = 14 + 200 + 8 + 200 + 20;
 
 /// What is known about a TCP or UDP packet.
 pub struct Packet {
@@ -34,14 +30,18 @@ pub struct Packet {
     pub l4: u32,
     /// TCP flags; 0 for UDP.
     pub tcp: u8,
+    /// TTL or hop limit.
     pub ttl: u8,
-    /// The header checksum as loaded.
+    /// Of IPv4: the header checksum as loaded.
     pub ip_check: u16,
+    /// Of IPv6: payload length and next header as loaded.
+    pub payload: u16,
+    pub next: u8,
     /// Length from the IP header on, in bytes.
     pub ip_len: u16,
     /// 1 for a UDP packet without checksum.
     pub unchecked: u8,
-    /// 1 for the first fragment of several; of ICMP, for any.
+    /// `fragments::FIRST` or `fragments::LATER` for a fragment, of ICMP the former for any; else 0.
     pub fragmented: u8,
     /// 1 where nobody may fragment the packet.
     pub whole: u8,
@@ -52,6 +52,12 @@ pub struct Packet {
     pub mtu: u16,
     /// Of what an ICMP error quotes: the tuple turned round, which is that of packets on the error's way.
     pub quoted: FlowKey,
+    /// Of IPv6: the headers of an answer, while it is made.
+    pub answer: Headers6,
+    /// Identification of a fragment, as loaded.
+    pub fragment: u32,
+    /// Of IPv6: where extension headers end, of the packet or of what it quotes.
+    pub upper: ipv6::Upper,
 }
 
 impl Packet {
@@ -64,14 +70,6 @@ impl Packet {
         let mask = 0u32.wrapping_sub(0u32.wrapping_sub(segment) >> 31);
         let len = self.ip_len as u32;
         (len ^ ((len ^ merged) & mask)) as u16
-    }
-
-    /// Whether the source is an address of one host elsewhere, so that an answer may be sent to it (RFC 1122 section
-    /// 3.2.2).
-    #[inline(always)]
-    pub fn has_unicast_source(&self) -> bool {
-        let first = self.flow.src.v4_raw().to_ne_bytes()[0];
-        first != 0 && first != 127 && first < 224
     }
 }
 
@@ -88,22 +86,10 @@ pub enum Unparsed {
     Invalid = DropReason::InvalidPacket as u8,
     /// [`DropReason::UnknownL4`], where the destination address is ours.
     UnknownL4 = DropReason::UnknownL4 as u8,
-    /// [`DropReason::Fragment`], where the destination address is ours.
+    /// A fragment without ports; only the addresses are set.
     Fragment = DropReason::Fragment as u8,
-}
-
-#[repr(C)]
-struct Ipv4 {
-    version_ihl: u8,
-    tos: u8,
-    len: u16,
-    id: u16,
-    fragment: u16,
-    ttl: u8,
-    proto: u8,
-    check: u16,
-    src: u32,
-    dst: u32,
+    /// [`DropReason::Extension`], where the destination address is ours.
+    Extension = DropReason::Extension as u8,
 }
 
 /// A reference to a header inside the packet, if the packet reaches that far.
@@ -131,50 +117,16 @@ fn linearize_to(skb: Skb, most: u32) {
     }
 }
 
-/// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
+/// Reads the transport header at `l4` of a packet that ends at `end`.
 #[inline(always)]
-pub fn ipv4(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
-    linearize(skb);
-    let Some(ip) = at::<Ipv4>(skb, l3) else { return Err(Unparsed::Foreign) };
-    let header = ((ip.version_ihl & 0x0f) as u32) << 2;
-    if ip.version_ihl >> 4 != 4 || header < 20 {
-        return Err(Unparsed::Foreign);
-    }
-    let fragment = u16::from_be(ip.fragment);
-    let len = u16::from_be(ip.len);
-    let protocol = ip.proto;
-    packet.flow.src = Addr::from_v4_raw(ip.src);
-    packet.flow.dst = Addr::from_v4_raw(ip.dst);
-    packet.flow.proto = protocol;
-    packet.flow.pad = [0; 3];
-    packet.l3 = l3;
-    packet.l4 = l3 + header;
-    packet.ttl = ip.ttl;
-    packet.ip_check = ip.check;
-    packet.ip_len = len;
-    packet.fragmented = (fragment & MORE_FRAGMENTS != 0) as u8;
-    packet.tcp = 0;
-    packet.unchecked = 0;
-    packet.whole = (fragment & DONT_FRAGMENT != 0) as u8;
-    packet.l4_len = 8;
-    if protocol == proto::ICMP {
-        packet.fragmented = (fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0) as u8;
-        return Err(Unparsed::Icmp);
-    }
-    if protocol != proto::TCP && protocol != proto::UDP {
-        return Err(Unparsed::UnknownL4);
-    }
-    if fragment & FRAGMENT_OFFSET != 0 {
-        return Err(Unparsed::Fragment);
-    }
-    if l3 + len as u32 > skb.len() {
+fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Result<(), Unparsed> {
+    if end > skb.len() {
         return Err(Unparsed::Invalid);
     }
-    let l4 = l3 + header;
     if protocol == proto::TCP {
         let Some(tcp) = at::<[u16; 10]>(skb, l4) else { return Err(Unparsed::Invalid) };
         let offset_flags = u16::from_be(tcp[6]);
-        if (len as u32) < header + 20 || offset_flags >> 12 < 5 {
+        if end < l4 + 20 || offset_flags >> 12 < 5 {
             return Err(Unparsed::Invalid);
         }
         packet.flow.sport = Be16::from_raw(tcp[0]);
@@ -183,7 +135,7 @@ pub fn ipv4(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
         packet.l4_len = (offset_flags >> 12 << 2) as u8;
     } else {
         let Some(udp) = at::<[u16; 4]>(skb, l4) else { return Err(Unparsed::Invalid) };
-        if (len as u32) < header + 8 || u16::from_be(udp[2]) < 8 {
+        if end < l4 + 8 || u16::from_be(udp[2]) < 8 {
             return Err(Unparsed::Invalid);
         }
         packet.flow.sport = Be16::from_raw(udp[0]);
@@ -195,9 +147,9 @@ pub fn ipv4(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
 
 /// The transport header of a TCP or UDP packet without options: the sum of its words, and its checksum.
 #[inline(always)]
-pub fn transport(skb: Skb, packet: &Packet) -> Option<(u32, u16)> {
+pub fn transport<F: Family>(skb: Skb, packet: &Packet) -> Option<(u32, u16)> {
     // No more than it can be, which the verifier has forgotten.
-    let l4 = packet.l4 & 0x7f;
+    let l4 = packet.l4 & F::L4_MASK;
     let mut sum = 0;
     if packet.flow.proto == proto::TCP {
         let tcp = at::<[u16; 10]>(skb, l4)?;
@@ -214,7 +166,7 @@ pub fn transport(skb: Skb, packet: &Packet) -> Option<(u32, u16)> {
     }
 }
 
-/// The start of an ICMP message (RFC 792).
+/// The start of an ICMP message (RFC 792, RFC 4443).
 pub struct Icmp {
     /// Type.
     pub kind: u8,
@@ -223,9 +175,9 @@ pub struct Icmp {
 
 /// Reads the ICMP header of a packet; none where it is cut short.
 #[inline(always)]
-pub fn icmp(skb: Skb, packet: &Packet) -> Option<Icmp> {
+pub fn icmp<F: Family>(skb: Skb, packet: &Packet) -> Option<Icmp> {
     linearize_to(skb, QUOTING_HEADERS);
-    let icmp = at::<[u16; 4]>(skb, packet.l4 & 0x7f)?;
+    let icmp = at::<[u16; 4]>(skb, packet.l4 & F::L4_MASK)?;
     let fits = packet.l3 + packet.ip_len as u32 <= skb.len() && packet.l4 + 8 <= packet.l3 + packet.ip_len as u32;
     fits.then_some(Icmp { kind: icmp[0].to_ne_bytes()[0], check: icmp[1] })
 }
@@ -236,29 +188,22 @@ pub struct Quoted {
     pub l3: u32,
     /// Offset of its transport header.
     pub l4: u32,
-    /// Its header checksum as loaded.
+    /// Of IPv4: its header checksum as loaded.
     pub ip_check: u16,
     /// Its transport checksum as loaded; 0 where there is none, or it is not quoted.
     pub check: u16,
 }
 
-/// Reads what an ICMP error quotes, with the tuple into [`Packet::quoted`]; none where it is cut short, no first fragment, or of no protocol with ports. No
-/// checksum is verified (RFC 5508 section 4.1 only says "should"): a wrong one stays wrong, for the receiver to see.
+/// Reads the ports of a quoted packet whose IP header is at `l3` into [`Packet::quoted`].
 #[inline(always)]
-pub fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted> {
-    let l3 = (packet.l4 & 0x7f) + 8;
-    let ip = at::<Ipv4>(skb, l3)?;
-    let header = ((ip.version_ihl & 0x0f) as u32) << 2;
-    let later = u16::from_be(ip.fragment) & FRAGMENT_OFFSET != 0;
-    if ip.version_ihl >> 4 != 4 || header < 20 || later || (ip.proto != proto::TCP && ip.proto != proto::UDP) {
+fn quoted_ports(skb: Skb, packet: &mut Packet, l3: u32, l4: u32, protocol: u8) -> Option<Quoted> {
+    if protocol != proto::TCP && protocol != proto::UDP {
         return None;
     }
-    let l4 = l3 + header;
     let end = packet.l3 + packet.ip_len as u32;
     if l4 + 8 > end {
         return None;
     }
-    let (src, dst, protocol, ip_check) = (ip.src, ip.dst, ip.proto, ip.check);
     let ports = at::<[u16; 4]>(skb, l4)?;
     let (sport, dport, mut check) = (ports[0], ports[1], ports[3]);
     if protocol == proto::TCP {
@@ -267,48 +212,7 @@ pub fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted> {
             _ => 0,
         };
     }
-    packet.quoted = FlowKey {
-        src: Addr::from_v4_raw(dst),
-        dst: Addr::from_v4_raw(src),
-        sport: Be16::from_raw(dport),
-        dport: Be16::from_raw(sport),
-        proto: protocol,
-        pad: [0; 3],
-    };
-    Some(Quoted { l3, l4, ip_check, check })
-}
-
-/// The start of an Ethernet frame.
-#[repr(C)]
-pub struct Ethernet {
-    pub dst: [u16; 3],
-    pub src: [u16; 3],
-    pub kind: u16,
-}
-
-/// ARP for IPv4 over Ethernet (RFC 826), with the frame's header.
-#[repr(C)]
-pub struct Arp {
-    pub eth: Ethernet,
-    pub hardware: u16,
-    pub protocol: u16,
-    pub lengths: u16,
-    pub operation: u16,
-    pub sender_mac: [u16; 3],
-    pub sender_ip: [u16; 2],
-    pub target_mac: [u16; 3],
-    pub target_ip: [u16; 2],
-}
-
-/// Reads a whole ARP packet.
-#[inline(always)]
-pub fn arp<'a>(skb: Skb) -> Option<&'a Arp> {
-    linearize(skb);
-    at(skb, 0)
-}
-
-/// Reads the Ethernet header.
-#[inline(always)]
-pub fn ethernet<'a>(skb: Skb) -> Option<&'a Ethernet> {
-    at(skb, 0)
+    packet.quoted.sport = Be16::from_raw(dport);
+    packet.quoted.dport = Be16::from_raw(sport);
+    Some(Quoted { l3, l4, ip_check: 0, check })
 }
