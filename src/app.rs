@@ -64,7 +64,11 @@ pub fn run(inputs: Inputs) -> anyhow::Result<()> {
         tracing::debug!(%error, "no short time slices: changes may wait longer for a busy processor");
     }
     // Two threads: the work is small, and each costs memory.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .on_thread_park(footprint::on_idle)
+        .enable_all()
+        .build()?;
     let result = runtime.block_on(agent(inputs));
     // A write in flight must not keep the process from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));

@@ -1,11 +1,16 @@
-//! What the process takes of its node beyond the work itself: memory that only its start needed, and how long it waits for
-//! a processor.
+//! What the process takes of its node beyond the work itself: memory that only its start needed, memory that was freed but
+//! not given back, and how long it waits for a processor.
 //!
-//! Both are requests to the kernel that may be refused, and then all goes on as it would have. Deliberately absent: any
-//! share of the processor beyond what an ordinary process has, and anything about memory that holds data.
+//! What the kernel refuses here is no error: all goes on as it would have. Deliberately absent: any share of the processor
+//! beyond what an ordinary process has, and anything about memory that holds data.
 
+// Linked for [`collect`]; whether it is the allocator decides the binary.
+use mimalloc as _;
+
+use std::cell::Cell;
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
+use std::time::{Duration, Instant};
 
 /// The shortest time slice that the kernel grants an ordinary thread (`__setparam_fair`).
 const SLICE_NANOS: u64 = 100_000;
@@ -73,6 +78,31 @@ unsafe extern "C" fn forget_object(info: *mut libc::dl_phdr_info, _: usize, _: *
     }
     0
 }
+
+unsafe extern "C" {
+    /// Of mimalloc, the binary's allocator.
+    fn mi_collect(force: bool);
+}
+
+/// Gives back what this thread allocated and others have freed since. A thread that does not allocate any more would
+/// keep it for good.
+fn collect() {
+    // SAFETY: it concerns the calling thread's own heap only.
+    unsafe { mi_collect(true) }
+}
+
+/// For threads that have nothing to do: [`collect`]s, at most once a second.
+pub fn on_idle() {
+    thread_local!(static LAST: Cell<Option<Instant>> = const { Cell::new(None) });
+    let now = Instant::now();
+    if LAST.get().is_none_or(|last| now.duration_since(last) > BETWEEN_COLLECTIONS) {
+        LAST.set(Some(now));
+        collect();
+    }
+}
+
+/// A collection walks the pages of the heap: not before every wait.
+const BETWEEN_COLLECTIONS: Duration = Duration::from_secs(1);
 
 /// At least the page size of every machine that this runs on: rounding to more only leaves a little mapped.
 const PAGE: usize = 64 << 10;
