@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -25,6 +26,8 @@ const CHANGES: usize = 300;
 /// Of kube-proxy, which takes a second for each.
 const PEER_CHANGES: usize = 12;
 const NOT_LATER: Duration = Duration::from_secs(60);
+/// Services that kube-proxies have seen change.
+static PEER_CHANGED: AtomicUsize = AtomicUsize::new(0);
 /// Up to so many backends fit the maps as they are by default (`bpf-lb-map-max`).
 const DEFAULT_ROOM: usize = 60_000;
 const DEFAULT_SIZES: &str = "0,100,1000,5000,5000x50";
@@ -47,9 +50,9 @@ fn sizes() -> anyhow::Result<Vec<Size>> {
     let sizes = text.split(',').map(one).collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(sizes.windows(2).all(|pair| pair[0].services <= pair[1].services), wrong);
     ensure!(
-        sizes.iter().all(|size| size.endpoints < objects::MAX_ENDPOINTS),
+        sizes.iter().all(|size| size.endpoints + 2 <= objects::MAX_ENDPOINTS),
         "at most {} endpoints",
-        objects::MAX_ENDPOINTS - 1
+        objects::MAX_ENDPOINTS - 2
     );
     Ok(sizes)
 }
@@ -290,11 +293,11 @@ fn churn(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<(
     let done = std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             cluster.with_client(async move |client| {
-                let next = std::sync::atomic::AtomicU32::new(0);
+                let next = AtomicU32::new(0);
                 let worker = |_| async {
                     let mut done = 0u32;
                     loop {
-                        let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let number = next.fetch_add(1, Ordering::Relaxed);
                         let due = begun + Duration::from_secs(1) / PER_SECOND * number;
                         if due >= end || Instant::now() >= end {
                             return anyhow::Ok(done);
@@ -359,11 +362,12 @@ fn peers(cluster: &Cluster, size: Size) -> anyhow::Result<()> {
             &[("time", ms(synced)), ("VmRSS", mib(memory(proxy.pid(), "VmRSS")?))],
         );
         let mut samples = Vec::new();
-        for change in 0..PEER_CHANGES {
-            let wanted = size.endpoints + 1 - change / (PEER_CHANGES / 2);
+        for _ in 0..PEER_CHANGES {
+            // A number that no other section leaves behind, of a service that had none of these changes: it is one.
+            let service = PEER_CHANGED.fetch_add(1, Ordering::Relaxed) % size.services;
+            let wanted = size.endpoints + 2;
             let asked = SystemTime::now();
-            cluster
-                .with_client(async move |client| set_endpoints(&client, change % (PEER_CHANGES / 2), wanted).await)?;
+            cluster.with_client(async move |client| set_endpoints(&client, service, wanted).await)?;
             samples.push(proxy.wait_synced_after(asked)?);
         }
         line(&format!("{title}: one change, request to rules"), &[("time", spread(&samples))]);
