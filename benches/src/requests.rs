@@ -38,7 +38,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let (pods, sinks) = prepare(&cluster)?;
     let mut columns = Vec::new();
 
-    for mode in ["snat", "l2"] {
+    for mode in ["snat"] {
         heading(&format!("Through a service's address, over the pod itself: Kinesin, {mode}"));
         // The node of the backend needs an agent only where it answers the client itself.
         let nodes = if mode == "l2" { 2 } else { 1 };

@@ -24,6 +24,8 @@ const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const PORTS_THROUGH: &str = "10000 35000";
 const PORTS_DIRECT: &str = "36000 60999";
 const CONNECTIONS: usize = 8;
+/// No answer for so long is a connection that does not work; on a busy machine, a server has not run for seconds.
+const STUCK: Duration = Duration::from_secs(20);
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n";
 const LAST_REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n";
 /// With the headers of UDP, IPv4 and Ethernet, and the check sequence that no veth carries, 64 bytes.
@@ -122,9 +124,9 @@ pub(crate) fn new_connections(to: SocketAddr, time: Duration) -> anyhow::Result<
 }
 
 fn connect(to: SocketAddr) -> anyhow::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+    let stream = TcpStream::connect_timeout(&to, STUCK)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(STUCK))?;
     Ok(stream)
 }
 
@@ -177,7 +179,7 @@ impl Sink {
     /// Bytes over one connection, as many as fit.
     pub(crate) fn throughput(&self, to: SocketAddr, time: Duration) -> anyhow::Result<u64> {
         let mut stream = connect(to)?;
-        stream.set_write_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_write_timeout(Some(STUCK))?;
         let before = self.bytes.load(Ordering::Relaxed);
         let begun = Instant::now();
         let block = vec![0; 128 << 10];
@@ -222,7 +224,7 @@ fn swallow_stream(listener: &TcpListener, bytes: &AtomicU64, over: &AtomicBool) 
             Err(error) => return Err(error.into()),
         };
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(STUCK))?;
         while let Ok(read @ 1..) = stream.read(&mut buffer) {
             bytes.fetch_add(read as u64, Ordering::Relaxed);
         }
