@@ -18,6 +18,7 @@ pub const SIZES: MapSizes = MapSizes {
     maglev: 64,
     flows: 1024,
     sockets: 1024,
+    fragments: 64,
     affinity: 1024,
     ranges: 1024,
     l2: 64,
