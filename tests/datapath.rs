@@ -25,10 +25,10 @@ mod icmp;
 mod ipv6;
 #[path = "datapath/maps.rs"]
 mod maps;
-#[path = "datapath/odd.rs"]
-mod odd;
 #[path = "datapath/ndp.rs"]
 mod ndp;
+#[path = "datapath/odd.rs"]
+mod odd;
 #[path = "datapath/packets.rs"]
 mod packets;
 #[path = "datapath/packets6.rs"]

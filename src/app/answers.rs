@@ -222,7 +222,8 @@ impl Answers {
             gauge!("cilium_bpf_map_pressure", "map_name" => table.name).set(used);
             gauge!("cilium_bpf_map_capacity", "map_group" => table.name).set(f64::from(table.max_entries));
         }
-        gauge!("cilium_bpf_maps_virtual_memory_max_bytes").set(tables.iter().map(|table| table.bytes as f64).sum());
+        gauge!("cilium_bpf_maps_virtual_memory_max_bytes")
+            .set(tables.iter().map(|table| table.bytes as f64).sum::<f64>());
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];
