@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
-use kinesin_core::services::{Compiled, HealthCheck, ServiceKey};
+use kinesin_core::services::{Compiled, HealthCheck, NodeContext, ServiceKey};
 use smol_str::SmolStr;
 
 use crate::config::Config;
@@ -46,6 +46,8 @@ pub struct World {
     pub maps: Level<MapsHandle>,
     /// Written by endpoint_syncer.
     pub compiled: Table<ServiceKey, Compiled>,
+    /// Written by endpoint_syncer: what it compiles for.
+    pub node_context: Level<NodeContext>,
     /// Written by endpoint_syncer: what load balancers outside are told of this node, for the few Services that have it.
     pub health_checks: Table<ServiceKey, HealthCheck>,
     /// Written by map_writer: services whose entries could not be written, and why.
@@ -83,6 +85,7 @@ impl World {
             devices: Level::default(),
             maps: Level::default(),
             compiled: Table::default(),
+            node_context: Level::default(),
             health_checks: Table::default(),
             unwritten: Table::default(),
             programmed: Level::with(false),

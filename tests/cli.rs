@@ -60,8 +60,42 @@ ADDRESS             TYPE           SERVICE    PORT   SCOPE   STATUS       BACKEN
 10.96.0.2:80/TCP    ClusterIP      shop/web   http   all     programmed   -
 ";
     assert_eq!(agent.ok(&["services"]), expected);
-    let wide = agent.ok(&["services", "-o", "wide"]);
-    assert!(wide.contains("10.42.0.6:8080 pi-1 (active)") && !wide.contains("more"), "{wide}");
+}
+
+#[test]
+fn services_in_full_say_who_may_connect_and_why_a_backend_is_not_used() {
+    let agent = Agent::start();
+    let wide = agent.ok(&["services", "--wide"]);
+    let rows: Vec<Vec<&str>> =
+        wide.lines().map(|line| line.split("   ").map(str::trim).filter(|cell| !cell.is_empty()).collect()).collect();
+    assert_eq!(
+        rows[1],
+        [
+            "10.0.0.100:80/TCP",
+            "LoadBalancer",
+            "shop/web",
+            "http",
+            "external",
+            "programmed",
+            "Local/Cluster",
+            "maglev",
+            "3h",
+            "deny 192.0.2.0/24",
+            "31000",
+            "10.42.0.1:8080 pi-1 a (active)",
+        ],
+        "{wide}"
+    );
+    assert_eq!(rows[2], ["10.42.0.2:8080 pi-1 (maintenance) not used: not ready"]);
+    assert_eq!(agent.ok(&["services", "-o", "wide"]), wide);
+    let json = agent.json(&["services", "--wide"]);
+    assert_eq!(
+        json[0]["backends"][1],
+        json!({"address": "10.42.0.2:8080", "state": "maintenance", "node": "pi-1", "zone": "", "weight": 0, "unused": "not ready"})
+    );
+    assert_eq!((&json[0]["sessionAffinitySeconds"], &json[0]["sourceRangesPolicy"]), (&json!(10_800), &json!("deny")));
+    let yaml: Value = serde_saphyr::from_str(&agent.ok(&["services", "--wide", "-o", "yaml"])).unwrap();
+    assert_eq!(yaml, json);
 }
 
 #[test]

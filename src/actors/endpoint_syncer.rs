@@ -139,6 +139,7 @@ impl EndpointSyncer {
             node_ports: (range.first, range.last),
         };
         let changed = (context != self.context, host != self.host);
+        self.world.node_context.set(context.clone());
         (self.context, self.host) = (context, host);
         changed
     }
@@ -168,7 +169,7 @@ impl EndpointSyncer {
         let Some(service) = self.world.services.get(key) else {
             self.world.health_checks.remove(key);
             if self.compiled.remove(key) {
-                counter!("kinesin_services_events_total", "action" => "delete").increment(1);
+                counter!("cilium_services_events_total", "action" => "delete").increment(1);
             }
             return;
         };
@@ -177,8 +178,9 @@ impl EndpointSyncer {
             Some(check) => drop(self.world.health_checks.put(key.clone(), check)),
             None => drop(self.world.health_checks.remove(key)),
         }
+        let action = if self.compiled.get(key).is_some() { "update" } else { "add" };
         if self.compiled.put_since(key.clone(), compiled, since) {
-            counter!("kinesin_services_events_total", "action" => "update").increment(1);
+            counter!("cilium_services_events_total", "action" => action).increment(1);
         }
     }
 }
@@ -208,6 +210,7 @@ fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -
         default_lb_ipam: config.lb_ipam.default_for == config::DefaultIpam::LbIpam,
         service_topology: config.services.topology,
         external_cluster_ip: config.services.external_cluster_ip,
+        wildcards: config.services.wildcards,
         kube_proxy_replacement: config.services.kube_proxy_replacement,
         health_check_node_ports: config.services.health_check_node_ports,
         health_check_on_load_balancer: config.services.health_check_on_load_balancer,

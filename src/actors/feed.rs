@@ -92,6 +92,7 @@ async fn pump<T: Object>(mut events: Events<T>, table: Table<ObjectKey, T>, me: 
                     Some(listing) => listing.put(&table, key, object),
                     None => drop(table.put(key, object)),
                 }
+                received::<T>("update", true, false);
                 "list_item"
             }
             Event::InitDone => {
@@ -102,20 +103,36 @@ async fn pump<T: Object>(mut events: Events<T>, table: Table<ObjectKey, T>, me: 
                 "list_done"
             }
             Event::Apply(object) => {
-                table.put(object.key(), object);
+                let key = object.key();
+                let action = if table.get(&key).is_some() { "update" } else { "create" };
+                let changed = table.put(key, object);
+                received::<T>(action, true, !changed);
                 "apply"
             }
             Event::Delete(key) => {
                 table.remove(&key);
+                received::<T>("delete", true, false);
                 "delete"
             }
             Event::Problem(problem) => {
+                received::<T>("update", false, false);
                 me.cast(WatcherMsg::Problem(problem));
                 "problem"
             }
         };
         counter!("kinesin_source_events_total", "kind" => T::PLURAL, "action" => action).increment(1);
     }
+}
+
+/// Counts an event as Cilium's dashboards have it. What a list repeats counts as updates that change something.
+fn received<T: Object>(action: &'static str, valid: bool, equal: bool) {
+    let said = |yes: bool| if yes { "true" } else { "false" };
+    let validity = if valid { "valid" } else { "invalid" };
+    counter!("cilium_kubernetes_events_received_total", "scope" => T::KIND, "action" => action, "validity" => validity, "equal" => said(equal))
+        .increment(1);
+    let outcome = if valid { "success" } else { "fail" };
+    counter!("cilium_kubernetes_events_total", "scope" => T::KIND, "action" => action, "outcome" => outcome)
+        .increment(1);
 }
 
 /// Tells the watcher when its stream ends or its task panics.

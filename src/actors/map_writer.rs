@@ -18,7 +18,7 @@ use metrics::{counter, gauge, histogram};
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::datapath::{MapStore, TableUsage};
+use crate::datapath::{MapStore, TableUsage, table_of};
 use crate::footprint::forget_start;
 use crate::level::Follower;
 use crate::table::Subscription;
@@ -153,8 +153,11 @@ impl MapWriter {
         // The first load says nothing about how quickly a change arrives.
         if written && self.pruned {
             let done = Instant::now();
-            for (_, _, since) in &changes {
-                histogram!("kinesin_endpoint_to_map_seconds").record(done.duration_since(*since));
+            for (_, compiled, since) in &changes {
+                let (took, action) =
+                    (done.duration_since(*since), if compiled.is_some() { "upsert" } else { "delete" });
+                histogram!("kinesin_endpoint_to_map_seconds").record(took);
+                histogram!("cilium_service_implementation_delay", "action" => action).record(took);
             }
         }
         if first && written {
@@ -222,6 +225,7 @@ impl MapWriter {
             return true;
         }
         let count = ops.len();
+        let counts = by_table(&ops);
         let result = if count <= INLINE_OPS {
             store.apply(&ops)
         } else {
@@ -236,6 +240,10 @@ impl MapWriter {
         };
         let outcome = if result.is_ok() { "success" } else { "fail" };
         counter!("kinesin_map_operations_total", "why" => why, "outcome" => outcome).increment(count as u64);
+        for ((table, operation), count) in counts {
+            counter!("cilium_bpf_map_ops_total", "map_name" => table, "operation" => operation, "outcome" => outcome)
+                .increment(count);
+        }
         match result {
             Ok(()) => {
                 self.world.problems.clear("maps");
@@ -263,6 +271,17 @@ impl MapWriter {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
     Ok(tokio::task::spawn_blocking(work).await?)
+}
+
+/// How many operations of each kind go to each table.
+fn by_table(ops: &[Op]) -> BTreeMap<(&'static str, &'static str), u64> {
+    let mut counts = BTreeMap::new();
+    for op in ops {
+        let deletes = matches!(op, Op::DeleteFrontend(_) | Op::DeleteMaglev(_) | Op::DeleteSourceRange(_));
+        let operation = if deletes { "delete" } else { "update" };
+        *counts.entry((table_of(op), operation)).or_insert(0) += 1;
+    }
+    counts
 }
 
 /// Share of a table that is in use, 0 to 1; 0 where counting is expensive.

@@ -8,7 +8,7 @@ mod server;
 pub mod views;
 
 use futures::future::BoxFuture;
-use kinesin_core::services::FrontendView;
+use kinesin_core::services::{FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
 use serde::Serialize;
 use thiserror::Error;
@@ -27,6 +27,8 @@ pub trait Api: Send + Sync + 'static {
     fn status(&self) -> BoxFuture<'_, StatusView>;
     /// One entry per frontend, sorted by address.
     fn services(&self) -> BoxFuture<'_, Vec<FrontendView>>;
+    /// The same with everything that decides who gets a connection, and the backends that get none.
+    fn services_wide(&self) -> BoxFuture<'_, Vec<WideView>>;
     /// One entry per announced address, sorted by address.
     fn vips(&self) -> BoxFuture<'_, Vec<VipView>>;
     /// The actors, from the root.

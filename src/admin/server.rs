@@ -113,6 +113,7 @@ pub fn router(api: Arc<dyn Api>) -> Router {
     Router::new()
         .route("/v1/status", get(async |State(api): State<Shared>| Json(api.status().await)))
         .route("/v1/services", get(async |State(api): State<Shared>| Json(api.services().await)))
+        .route("/v1/services/wide", get(async |State(api): State<Shared>| Json(api.services_wide().await)))
         .route("/v1/vips", get(async |State(api): State<Shared>| Json(api.vips().await)))
         .route("/v1/tree", get(async |State(api): State<Shared>| Json(api.tree().await)))
         .route("/v1/config", get(async |State(api): State<Shared>| Json(api.config().await)))

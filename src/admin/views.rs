@@ -45,6 +45,42 @@ pub struct Backend {
     pub zone: String,
 }
 
+/// One frontend in full: the readable twin of [`kinesin_core::services::WideView`], which says what the fields are.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "one place says it")]
+pub struct WideFrontend {
+    pub address: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub service: String,
+    pub port_name: String,
+    pub scope: String,
+    pub status: String,
+    pub routable: bool,
+    pub external_traffic_policy: String,
+    pub internal_traffic_policy: String,
+    pub algorithm: String,
+    pub session_affinity_seconds: Option<u32>,
+    pub source_ranges_policy: Option<String>,
+    pub source_ranges: Vec<String>,
+    pub health_check_node_port: Option<u16>,
+    pub backends: Vec<WideBackend>,
+}
+
+/// A backend of [`WideFrontend`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "as above")]
+pub struct WideBackend {
+    pub address: String,
+    pub state: String,
+    pub node: String,
+    pub zone: String,
+    pub weight: u32,
+    pub unused: Option<String>,
+}
+
 /// An address on the LAN. What is not known is `null`, so that every key is always there.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct VipView {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
-use kinesin_core::services::{self, FrontendView};
+use kinesin_core::services::{self, FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -212,15 +212,26 @@ impl Answers {
 
     fn export(&self) {
         gauge!("kinesin_problems", "area" => "source").set(self.source.health().problems.len() as f64);
+        gauge!("cilium_version", "version" => env!("CARGO_PKG_VERSION"), "revision" => "", "arch" => std::env::consts::ARCH)
+            .set(1.0);
+        gauge!("cilium_nodes_all_num").set(self.world.nodes.len() as f64);
         let Some(handle) = self.world.maps.get() else { return };
+        let tables = handle.store.usage();
+        for table in &tables {
+            let used = table.entries.unwrap_or(0) as f64 / f64::from(table.max_entries.max(1));
+            gauge!("cilium_bpf_map_pressure", "map_name" => table.name).set(used);
+            gauge!("cilium_bpf_map_capacity", "map_group" => table.name).set(f64::from(table.max_entries));
+        }
+        gauge!("cilium_bpf_maps_virtual_memory_max_bytes")
+            .set(tables.iter().map(|table| table.bytes as f64).sum::<f64>());
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
-            let direction = format!("{direction:?}").to_lowercase();
+            let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];
             counter!("cilium_drop_count_total", &labels).absolute(count.packets);
             counter!("cilium_drop_bytes_total", &labels).absolute(count.bytes);
         }
         for (direction, count) in handle.store.forwarded().into_iter().flatten() {
-            let labels = [("direction", format!("{direction:?}").to_lowercase())];
+            let labels = [("direction", format!("{direction:?}").to_uppercase())];
             counter!("cilium_forward_count_total", &labels).absolute(count.packets);
             counter!("cilium_forward_bytes_total", &labels).absolute(count.bytes);
         }
@@ -274,6 +285,20 @@ impl Api for Answers {
             let rows = self.world.compiled.rows().into_iter();
             let mut views: Vec<_> =
                 rows.flat_map(|(key, compiled)| services::view(&key, &compiled, &self.status_of(&key))).collect();
+            views.sort_by(|a, b| (&a.address, &a.service).cmp(&(&b.address, &b.service)));
+            views
+        }
+        .boxed()
+    }
+
+    fn services_wide(&self) -> BoxFuture<'_, Vec<WideView>> {
+        async {
+            let rows = self.world.compiled.rows();
+            let all = objects::backends(&self.world);
+            let mut views: Vec<_> = rows
+                .iter()
+                .flat_map(|(key, compiled)| services::wide(key, compiled, &self.status_of(key), &all(key)))
+                .collect();
             views.sort_by(|a, b| (&a.address, &a.service).cmp(&(&b.address, &b.service)));
             views
         }

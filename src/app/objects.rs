@@ -1,10 +1,12 @@
 //! Objects as the source has them, and small questions about them.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_abi::{Addr, FrontendKey};
-use kinesin_core::objects::{Object, ObjectKey};
+use kinesin_core::objects::{EndpointSlice, Object, ObjectKey};
+use kinesin_core::services::AllBackends;
 use kinesin_core::services::Frontend;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -45,6 +47,25 @@ fn with_type<T: Object + Serialize>(object: &Arc<T>) -> Value {
         fields.insert("kind".into(), json!(T::KIND));
     }
     value
+}
+
+/// How to find all backends of a Service, used or not. Reads the slices once: O(slices) for each question, and nothing
+/// kept.
+pub(super) fn backends(world: &World) -> impl Fn(&ObjectKey) -> AllBackends {
+    let mut slices: HashMap<ObjectKey, Vec<Arc<EndpointSlice>>> = HashMap::new();
+    for (_, slice) in world.slices.rows() {
+        if let Some(service) = slice.service() {
+            slices.entry(service).or_default().push(slice);
+        }
+    }
+    let (services, context) = (world.services.clone(), world.node_context.get());
+    move |key| match (services.get(key), &context) {
+        (Some(service), Some(context)) => {
+            let slices = slices.get(key).into_iter().flatten().map(Arc::as_ref);
+            AllBackends::of(&service, slices, context)
+        }
+        _ => AllBackends::default(),
+    }
 }
 
 /// The pool that an address comes from.

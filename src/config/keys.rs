@@ -274,6 +274,13 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "bpf-lb-enable-wildcard-entries",
+        "true",
+        Kind::Bool(|c| &mut c.services.wildcards),
+        "Drop what comes to a service's address on a port that no service has, instead of forwarding it back to the gateway.",
+    ),
+    live(
+        SERVICES,
         "enable-health-check-nodeport",
         "true",
         Kind::Bool(|c| &mut c.services.health_check_node_ports),

@@ -48,7 +48,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "bpf-lb-algorithm-annotation",
     "bpf-lb-bypass-fib-lookup",
     "bpf-lb-dsr-dispatch",
-    "bpf-lb-enable-wildcard-entries",
     "bpf-lb-maglev-map-max",
     "bpf-lb-mode",
     "bpf-lb-mode-annotation",

@@ -189,6 +189,8 @@ pub struct Services {
     pub external_cluster_ip: bool,
     /// `bpf-lb-source-range-all-types`
     pub source_range_all_types: bool,
+    /// `bpf-lb-enable-wildcard-entries`
+    pub wildcards: bool,
     /// `enable-health-check-nodeport`
     pub health_check_node_ports: bool,
     /// `enable-health-check-loadbalancer-ip`

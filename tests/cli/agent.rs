@@ -14,7 +14,7 @@ use kinesin::admin::views::{
 };
 use kinesin::admin::{self, AdminSocket, Api, ApiError};
 use kinesin::config::{self, Inputs, ListenAddr};
-use kinesin_core::services::{BackendView, FrontendView};
+use kinesin_core::services::{BackendView, FrontendView, WideBackend, WideView};
 use kinesin_core::trace::{Member, Question, Step, Trace, Verdict, Way};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -110,6 +110,38 @@ impl Api for Sample {
             frontend("10.96.0.2:80/TCP", "ClusterIP", "programmed", vec![]),
         ];
         async { views }.boxed()
+    }
+
+    fn services_wide(&self) -> BoxFuture<'_, Vec<WideView>> {
+        let backend = |address: &str, state, node: &str, zone: &str, unused: Option<&'static str>| WideBackend {
+            address: address.into(),
+            state,
+            node: node.into(),
+            zone: zone.into(),
+            weight: u32::from(unused.is_none()),
+            unused,
+        };
+        let view = WideView {
+            address: "10.0.0.100:80/TCP".into(),
+            kind: "LoadBalancer",
+            service: "shop/web".into(),
+            port_name: "http".into(),
+            scope: "external",
+            status: "programmed".into(),
+            routable: true,
+            external_traffic_policy: "Local",
+            internal_traffic_policy: "Cluster",
+            algorithm: "maglev",
+            session_affinity_seconds: Some(10_800),
+            source_ranges_policy: Some("deny"),
+            source_ranges: vec!["192.0.2.0/24".into()],
+            health_check_node_port: Some(31_000),
+            backends: vec![
+                backend("10.42.0.1:8080", "active", "pi-1", "a", None),
+                backend("10.42.0.2:8080", "maintenance", "pi-1", "", Some("not ready")),
+            ],
+        };
+        async { vec![view] }.boxed()
     }
 
     fn vips(&self) -> BoxFuture<'_, Vec<VipView>> {

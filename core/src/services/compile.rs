@@ -58,6 +58,8 @@ pub struct NodeContext {
     pub external_cluster_ip: bool,
     /// `enable-service-topology`: hints of EndpointSlices are used by the Services that ask for it.
     pub service_topology: bool,
+    /// `bpf-lb-enable-wildcard-entries`: what comes to other ports of a service's address is dropped.
+    pub wildcards: bool,
     /// `kube-proxy-replacement`: NodePorts, host ports and health-check node ports are ours to serve.
     pub kube_proxy_replacement: bool,
     /// `enable-health-check-nodeport`
@@ -84,6 +86,7 @@ impl Default for NodeContext {
             default_lb_ipam: true,
             external_cluster_ip: false,
             service_topology: false,
+            wildcards: true,
             kube_proxy_replacement: true,
             health_check_node_ports: true,
             health_check_on_load_balancer: false,
@@ -110,7 +113,7 @@ impl Default for NodeContext {
 /// backends stay: connections to them are refused, not forwarded.
 ///
 /// Each ClusterIP and LoadBalancer address also gets one wildcard frontend (port 0, protocol 0) when the Service's class
-/// is ours: it drops what comes to other ports of the address.
+/// is ours (unless `wildcards` is off): it drops what comes to other ports of the address.
 ///
 /// With `service_topology`, a Service with `spec.trafficDistribution` or topology annotation uses only the backends that
 /// are hinted for this zone or node, where every one has such a hint and one is ours; `Local` policies come first.
@@ -412,7 +415,7 @@ impl Builder<'_> {
             Some(class) => OUR_CLASSES.contains(&class.as_str()),
         };
         // Without any usable port the address is not served, so it is not claimed either.
-        if !ours || self.out.is_empty() {
+        if !self.node.wildcards || !ours || self.out.is_empty() {
             return;
         }
         for &(addr, kind) in addresses {

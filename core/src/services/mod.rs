@@ -15,12 +15,14 @@ mod problems;
 mod ranges;
 mod topology;
 mod view;
+mod wide;
 
 pub use compile::{Algorithm, NodeContext, compile};
 pub use health::{HealthCheck, HealthPorts};
 pub use host_ports::{HostContext, host_ports, object_of};
 pub use index::SliceIndex;
 pub use view::{address_text, view};
+pub use wide::{AllBackends, WideBackend, WideView, wide};
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -46,19 +46,23 @@ fn backends(compiled: &Compiled, set: Option<usize>) -> Vec<BackendView> {
 fn backend(backend: &BackendRef) -> BackendView {
     BackendView {
         address: address_text(backend.addr, backend.port),
-        state: match backend.state {
-            BackendState::Active => "active",
-            BackendState::Terminating => "terminating",
-            BackendState::TerminatingNotServing => "terminating-not-serving",
-            BackendState::Maintenance => "maintenance",
-            BackendState::Free => "free",
-        },
+        state: state_name(backend.state),
         node: (&backend.node).into(),
         zone: (&backend.zone).into(),
     }
 }
 
-fn kind_name(frontend: &Frontend) -> &'static str {
+pub(super) fn state_name(state: BackendState) -> &'static str {
+    match state {
+        BackendState::Active => "active",
+        BackendState::Terminating => "terminating",
+        BackendState::TerminatingNotServing => "terminating-not-serving",
+        BackendState::Maintenance => "maintenance",
+        BackendState::Free => "free",
+    }
+}
+
+pub(super) fn kind_name(frontend: &Frontend) -> &'static str {
     match frontend.kind {
         FrontendKind::ClusterIp => "ClusterIP",
         FrontendKind::NodePort => "NodePort",

@@ -7,6 +7,7 @@ mod index;
 mod rules;
 mod topology;
 mod total;
+mod wide;
 
 use serde_json::{Value, json};
 

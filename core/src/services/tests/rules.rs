@@ -299,6 +299,8 @@ fn wildcards_are_for_our_classes_once_per_address() {
     assert_eq!(wildcards(json!("io.cilium/l2-announcer"), &node()), both);
     assert_eq!(wildcards(json!("io.cilium/bgp-control-plane"), &node()), both);
     assert_eq!(wildcards(json!("example.com/cloud"), &node()), []);
+    let off = NodeContext { wildcards: false, ..node() };
+    assert_eq!(wildcards(Value::Null, &off), []);
     let not_ours = NodeContext { default_lb_ipam: false, ..node() };
     assert_eq!(wildcards(Value::Null, &not_ours), []);
     assert_eq!(wildcards(json!("io.cilium/l2-announcer"), &not_ours), both);
