@@ -41,6 +41,8 @@ mod ranges;
 mod refusals;
 #[path = "datapath/rig.rs"]
 mod rig;
+#[path = "datapath/sctp.rs"]
+mod sctp;
 #[path = "datapath/services.rs"]
 mod services;
 #[path = "datapath/sockets.rs"]

@@ -215,5 +215,6 @@ fn node_context(world: &World, node: Option<&Node>, devices: Option<&Devices>) -
         health_check_node_ports: config.services.health_check_node_ports,
         health_check_on_load_balancer: config.services.health_check_on_load_balancer,
         source_range_all_types: config.services.source_range_all_types,
+        sctp: config.services.sctp,
     }
 }

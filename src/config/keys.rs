@@ -281,6 +281,13 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "enable-sctp",
+        "true",
+        Kind::Bool(|c| &mut c.services.sctp),
+        "Serve SCTP ports of Services. Their numbers are not rewritten: `port` and `targetPort` must be equal.",
+    ),
+    live(
+        SERVICES,
         "enable-health-check-nodeport",
         "true",
         Kind::Bool(|c| &mut c.services.health_check_node_ports),

@@ -198,7 +198,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "enable-remote-node-identity",
     "enable-route-mtu-for-cni-chaining",
     "enable-runtime-device-detection",
-    "enable-sctp",
     "enable-session-affinity",
     "enable-source-ip-verification",
     "enable-stale-cilium-endpoint-cleanup",

@@ -187,6 +187,8 @@ pub struct Services {
     pub topology: bool,
     /// `bpf-lb-external-clusterip`
     pub external_cluster_ip: bool,
+    /// `enable-sctp`
+    pub sctp: bool,
     /// `bpf-lb-source-range-all-types`
     pub source_range_all_types: bool,
     /// `bpf-lb-enable-wildcard-entries`

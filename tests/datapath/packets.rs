@@ -93,6 +93,32 @@ pub(crate) fn udp(from: End, to: End, payload: &[u8]) -> Vec<u8> {
     ipv4(from.0, to.0, proto::UDP, &datagram)
 }
 
+/// CRC32c (RFC 9260 appendix A), bit by bit.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = !0u32;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+        }
+    }
+    !crc
+}
+
+/// SCTP between two ports, with one chunk of this type.
+pub(crate) fn association(from: u16, to: u16, chunk: u8) -> Vec<u8> {
+    let mut packet = [from.to_be_bytes(), to.to_be_bytes()].concat();
+    packet.extend([0xab, 0xcd, 0xef, 0x12, 0, 0, 0, 0]);
+    packet.extend([chunk, 0, 0, 20, 1, 2, 3, 4, 0, 1, 0, 0, 0, 10, 0, 10, 9, 8, 7, 6]);
+    let check = crc32c(&packet);
+    packet[8..12].copy_from_slice(&check.to_le_bytes());
+    packet
+}
+
+pub(crate) fn sctp(from: End, to: End, chunk: u8) -> Vec<u8> {
+    ipv4(from.0, to.0, proto::SCTP, &association(from.1, to.1, chunk))
+}
+
 /// The packet of a transport protocol, TCP as a SYN.
 pub(crate) fn packet(protocol: u8, from: End, to: End) -> Vec<u8> {
     if protocol == proto::TCP { tcp(from, to, SYN) } else { udp(from, to, b"hello, world") }
@@ -105,7 +131,11 @@ pub(crate) fn ends(frame: &[u8]) -> (End, End) {
     assert_eq!(checksum(ip), 0, "IP checksum");
     let segment = &frame[L4..];
     let unchecked = ip[9] == proto::UDP && segment[6..8] == [0, 0];
-    if !unchecked {
+    if ip[9] == proto::SCTP {
+        let mut packet = segment.to_vec();
+        packet[8..12].fill(0);
+        assert_eq!(crc32c(&packet).to_le_bytes(), segment[8..12], "CRC32c");
+    } else if !unchecked {
         assert_eq!(checksum(&with_pseudo_header(ip, segment)), 0, "transport checksum");
     }
     let addr = |at: usize| Ipv4Addr::new(ip[at], ip[at + 1], ip[at + 2], ip[at + 3]);

@@ -133,7 +133,7 @@ fn a_cluster_ip_is_not_reached_from_outside() {
 fn other_transports_to_our_addresses_are_dropped() {
     isolated(|| {
         let mut rig = Rig::new();
-        for protocol in [proto::SCTP, 47, 50] {
+        for protocol in [47, 50, 136] {
             rig.assert_dropped(&ipv4(CLIENT, VIP, protocol, &[0; 32]), DropReason::UnknownL4);
             rig.assert_untouched(&ipv4(CLIENT, NODE, protocol, &[0; 32]));
         }

@@ -69,6 +69,8 @@ pub struct NodeContext {
     /// `bpf-lb-source-range-all-types`: source ranges restrict all frontends of a Service, not only its load balancer's
     /// addresses.
     pub source_range_all_types: bool,
+    /// `enable-sctp`: SCTP ports are served, by their own numbers only.
+    pub sctp: bool,
 }
 
 impl Default for NodeContext {
@@ -91,6 +93,7 @@ impl Default for NodeContext {
             health_check_node_ports: true,
             health_check_on_load_balancer: false,
             source_range_all_types: false,
+            sctp: true,
         }
     }
 }
@@ -117,6 +120,8 @@ impl Default for NodeContext {
 ///
 /// With `service_topology`, a Service with `spec.trafficDistribution` or topology annotation uses only the backends that
 /// are hinted for this zone or node, where every one has such a hint and one is ours; `Local` policies come first.
+///
+/// SCTP ports are not rewritten: their frontends have the backends that listen on the frontend's own port number.
 ///
 /// `spec.loadBalancerSourceRanges` restrict clients outside the cluster at LoadBalancer addresses
 /// ([`Compiled::source_ranges`]). A list without any network serves nobody outside.
@@ -158,6 +163,10 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
         let (all, hints) = endpoints::gather(&port_ref, &slices, node, &mut builder.problems);
         if let Some(health) = &mut health {
             health.count(&all);
+        }
+        if proto == proto::SCTP {
+            builder.sctp((index, port), &addresses, (&all, &hints), prefer);
+            continue;
         }
         let near = [false, true].map(|v4| topology::near(&all, &hints, prefer, v4));
         let mut sets = PortSets { all: &all, near, known: [None; 4] };
@@ -209,12 +218,12 @@ pub(super) struct Builder<'a> {
 }
 
 /// The sets of one port, each made when the first frontend needs it.
-struct PortSets<'a> {
-    all: &'a [BackendRef],
+pub(super) struct PortSets<'a> {
+    pub(super) all: &'a [BackendRef],
     /// By family, IPv6 first: the only ones to be used, where hints say so.
-    near: [Option<HashSet<(IpAddr, u16)>>; 2],
+    pub(super) near: [Option<HashSet<(IpAddr, u16)>>; 2],
     /// By family and policy.
-    known: [Option<usize>; 4],
+    pub(super) known: [Option<usize>; 4],
 }
 
 impl Builder<'_> {
@@ -325,7 +334,7 @@ impl Builder<'_> {
     }
 
     /// Adds one frontend, unless the Service already has one with this address, port and protocol.
-    fn add(
+    pub(super) fn add(
         &mut self,
         addr: IpAddr,
         number: u16,

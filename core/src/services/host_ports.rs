@@ -168,6 +168,17 @@ fn claim(
 ) -> Result<(u8, Vec<IpAddr>), String> {
     let proto = endpoints::protocol(&port.protocol)
         .ok_or_else(|| format!("protocol: \"{}\" is not supported; use TCP, UDP or SCTP", port.protocol))?;
+    if proto == kinesin_abi::proto::SCTP {
+        if !node.sctp {
+            return Err("protocol: SCTP is not served on this node; set enable-sctp to true".to_owned());
+        }
+        if port.host_port != port.container_port {
+            return Err(format!(
+                "hostPort: SCTP ports are not rewritten, so {} does not reach container port {}; make the two equal",
+                port.host_port, port.container_port
+            ));
+        }
+    }
     let (first, last) = host.node_ports;
     if (first..=last).contains(&port.host_port) {
         return Err(format!(

@@ -13,6 +13,7 @@ mod host_ports;
 mod index;
 mod problems;
 mod ranges;
+mod sctp;
 mod topology;
 mod view;
 mod wide;

@@ -38,7 +38,7 @@ impl<V: View> Tracer<'_, V> {
 
     /// Only answers of local backends are changed on the way out.
     fn egress(&mut self) -> Result<Vec<Way>, V::Error> {
-        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP) && self.packet.dst.is_ipv4();
+        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP) && self.packet.dst.is_ipv4();
         if !ours {
             return Ok(sure(Verdict::pass("only answers of backends are changed on the way out")));
         }

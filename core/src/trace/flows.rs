@@ -82,9 +82,11 @@ impl<V: View> Tracer<'_, V> {
         redirect: bool,
     ) -> Result<Option<Port>, V::Error> {
         let client = self.packet.key();
-        let (min, span) = range(&self.view.settings()?);
+        // A port of SCTP is never rewritten: it is the client's own or none.
+        let fixed = client.proto == proto::SCTP;
+        let (min, span) = if fixed { (0, 0) } else { range(&self.view.settings()?) };
         let own = u32::from(self.packet.sport);
-        let own_fits = !redirect || (own >= min && own - min < span);
+        let own_fits = fixed || !redirect || (own >= min && own - min < span);
         // The entry of the backend's direction by which its answers are found, and what it would say.
         let key = |port: u16| FlowKey {
             src: backend.addr,

@@ -34,7 +34,7 @@ impl<V: View> Tracer<'_, V> {
         }
         match self.packet.proto {
             proto::ICMP => self.echo_request(ifindex),
-            proto::TCP | proto::UDP => self.ported(ifindex),
+            proto::TCP | proto::UDP | proto::SCTP => self.ported(ifindex),
             _ if self.claimed()?.is_some() => Ok(sure(Verdict::dropped(DropReason::UnknownL4))),
             _ => Ok(sure(Verdict::pass("the destination is none of our addresses"))),
         }
@@ -81,7 +81,7 @@ impl<V: View> Tracer<'_, V> {
         FrontendKey { addr: self.packet.dst(), port, proto, pad: 0 }
     }
 
-    /// TCP or UDP.
+    /// TCP, UDP or SCTP.
     fn ported(&mut self, ifindex: u32) -> Result<Vec<Way>, V::Error> {
         if let Some(flow) = self.find_flow()? {
             return self.follow(ifindex, &flow);

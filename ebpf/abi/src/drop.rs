@@ -61,6 +61,8 @@ reasons! {
     UnknownIcmpType = 144, "Unknown ICMPv4 type";
     /// The same of ICMPv6.
     UnknownIcmp6Type = 146, "Unknown ICMPv6 type";
+    /// A port of SCTP that would have to be rewritten.
+    CsumL4 = 154, "Error while correcting L4 checksum";
     /// The connection could not be recorded.
     FlowInsertFailed = 155, "CT: Map insertion failed";
     /// Extension headers that are cut short, or lead to another address, to an address that is ours.

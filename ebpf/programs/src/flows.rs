@@ -157,8 +157,10 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     };
     let own = client.sport.get() as u32;
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
-    let own_port_fits = !opening.redirect || (own >= min && own - min < span);
-    let range = min << 16 | span;
+    // A port of SCTP cannot be rewritten: it is the client's own, or the connection is refused.
+    let fixed = client.proto == proto::SCTP;
+    let own_port_fits = fixed || !opening.redirect || (own >= min && own - min < span);
+    let range = if fixed { 0 } else { min << 16 | span };
     let own_port = if own_port_fits { OWN_PORT } else { 0 };
     let mut result = allocate(client, &mut forward, range, own_port);
     if result == OCCUPIED {

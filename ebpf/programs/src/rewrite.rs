@@ -71,9 +71,13 @@ fn write<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<
     if packet.fragmented == LATER {
         return Ok(());
     }
+    let (from, ports) = (ports(old.sport, old.dport), ports(to.sport, to.dport));
+    if old.proto == proto::SCTP {
+        // Its checksum covers no address (RFC 9260 section 6.8), and all of the rest, which no helper sums up.
+        return if from == ports { Ok(()) } else { Err(DropReason::CsumL4) };
+    }
     let at = packet.l4 + if old.proto == proto::TCP { TCP_CHECK } else { UDP_CHECK };
     skb.replace_pseudo(at, difference, old.proto)?;
-    let (from, ports) = (ports(old.sport, old.dport), ports(to.sport, to.dport));
     if from != ports {
         skb.replace_word(at, from, ports, old.proto)?;
         skb.store(packet.l4, &ports)?;

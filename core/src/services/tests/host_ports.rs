@@ -84,6 +84,10 @@ fn host_ip_says_where() {
 fn what_cannot_be_served_names_pod_field_and_fix() {
     for (port, text) in [
         (
+            json!({"containerPort": 80, "hostPort": 8080, "protocol": "SCTP"}),
+            "Pod default/web: spec.containers[c].ports[].hostPort: SCTP ports are not rewritten, so 8080 does not reach container port 80; make the two equal",
+        ),
+        (
             json!({"containerPort": 80, "hostPort": 30_080}),
             "Pod default/web: spec.containers[c].ports[].hostPort: 30080 is among the ports that NodePorts come from (30000-32767, node-port-range) and is not served; use one outside them",
         ),

@@ -5,6 +5,7 @@ mod health;
 mod host_ports;
 mod index;
 mod rules;
+mod sctp;
 mod topology;
 mod total;
 mod wide;

@@ -2,7 +2,7 @@
 
 use kinesin_abi::{Addr, Be16, FlowKey, proto};
 
-use super::{Packet, Quoted, Unparsed, at, linearize, ports};
+use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, ports};
 use crate::{fragments::LATER, skb::Skb};
 
 /// `more fragments`, `don't fragment` and the offset, of the flags field.
@@ -55,7 +55,7 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
         packet.fragmented = (fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0) as u8;
         return Err(Unparsed::Icmp);
     }
-    if protocol != proto::TCP && protocol != proto::UDP {
+    if !has_ports(protocol) {
         return Err(Unparsed::UnknownL4);
     }
     if fragment & FRAGMENT_OFFSET != 0 {

@@ -9,7 +9,7 @@
 
 use kinesin_abi::{Addr, Be16, FlowKey, proto};
 
-use super::{Packet, Quoted, Unparsed, at, linearize, linearize_to, ports};
+use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, linearize_to, ports};
 use crate::{fragments::LATER, lookup, skb::Skb};
 
 /// Length of the fixed header.
@@ -83,7 +83,7 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     let len = if payload == 0 && skb.segment() != 0 { u16::MAX } else { payload.saturating_add(HEADER as u16) };
     packet.ip_len = len;
     let end = if len == u16::MAX { skb.len() } else { l3 + len as u32 };
-    if first != proto::TCP && first != proto::UDP && first != proto::ICMPV6 {
+    if !has_ports(first) && first != proto::ICMPV6 {
         linearize_to(skb, l3 + HEADER + MOST_BYTES + 20);
         match upper(skb, l3 + HEADER, first as u32, end, &mut packet.upper) {
             END => {}
@@ -104,7 +104,7 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     if protocol == proto::ICMPV6 {
         return Err(Unparsed::Icmp);
     }
-    if protocol != proto::TCP && protocol != proto::UDP {
+    if !has_ports(protocol) {
         return Err(Unparsed::UnknownL4);
     }
     ports(skb, packet, packet.l4 & 0xff, end, protocol)

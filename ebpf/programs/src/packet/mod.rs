@@ -39,7 +39,7 @@ pub struct Packet {
     pub next: u8,
     /// Length from the IP header on, in bytes.
     pub ip_len: u16,
-    /// 1 for a UDP packet without checksum.
+    /// 1 for a UDP packet without checksum, and for SCTP, whose checksum is no sum of words.
     pub unchecked: u8,
     /// `fragments::FIRST` or `fragments::LATER` for a fragment, of ICMP the former for any; else 0.
     pub fragmented: u8,
@@ -117,6 +117,12 @@ fn linearize_to(skb: Skb, most: u32) {
     }
 }
 
+/// Whether packets of the protocol begin with ports.
+#[inline(always)]
+fn has_ports(protocol: u8) -> bool {
+    protocol == proto::TCP || protocol == proto::UDP || protocol == proto::SCTP
+}
+
 /// Reads the transport header at `l4` of a packet that ends at `end`.
 #[inline(always)]
 fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Result<(), Unparsed> {
@@ -133,6 +139,16 @@ fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Resu
         packet.flow.dport = Be16::from_raw(tcp[1]);
         packet.tcp = offset_flags as u8;
         packet.l4_len = (offset_flags >> 12 << 2) as u8;
+    } else if protocol == proto::SCTP {
+        // The common header (RFC 9260 section 3.1).
+        let Some(sctp) = at::<[u16; 6]>(skb, l4) else { return Err(Unparsed::Invalid) };
+        if end < l4 + 12 {
+            return Err(Unparsed::Invalid);
+        }
+        packet.flow.sport = Be16::from_raw(sctp[0]);
+        packet.flow.dport = Be16::from_raw(sctp[1]);
+        packet.unchecked = 1;
+        packet.l4_len = 12;
     } else {
         let Some(udp) = at::<[u16; 4]>(skb, l4) else { return Err(Unparsed::Invalid) };
         if end < l4 + 8 || u16::from_be(udp[2]) < 8 {
@@ -145,7 +161,8 @@ fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Resu
     Ok(())
 }
 
-/// The transport header of a TCP or UDP packet without options: the sum of its words, and its checksum.
+/// The start of a transport header that errors quote: the sum of its words, and its checksum, or 0 where there is none of
+/// words.
 #[inline(always)]
 pub fn transport<F: Family>(skb: Skb, packet: &Packet) -> Option<(u32, u16)> {
     // No more than it can be, which the verifier has forgotten.
@@ -162,7 +179,7 @@ pub fn transport<F: Family>(skb: Skb, packet: &Packet) -> Option<(u32, u16)> {
         for word in udp {
             sum += *word as u32;
         }
-        Some((sum, udp[3]))
+        Some((sum, if packet.unchecked != 0 { 0 } else { udp[3] }))
     }
 }
 
@@ -197,7 +214,7 @@ pub struct Quoted {
 /// Reads the ports of a quoted packet whose IP header is at `l3` into [`Packet::quoted`].
 #[inline(always)]
 fn quoted_ports(skb: Skb, packet: &mut Packet, l3: u32, l4: u32, protocol: u8) -> Option<Quoted> {
-    if protocol != proto::TCP && protocol != proto::UDP {
+    if !has_ports(protocol) {
         return None;
     }
     let end = packet.l3 + packet.ip_len as u32;
@@ -205,7 +222,7 @@ fn quoted_ports(skb: Skb, packet: &mut Packet, l3: u32, l4: u32, protocol: u8) -
         return None;
     }
     let ports = at::<[u16; 4]>(skb, l4)?;
-    let (sport, dport, mut check) = (ports[0], ports[1], ports[3]);
+    let (sport, dport, mut check) = (ports[0], ports[1], if protocol == proto::UDP { ports[3] } else { 0 });
     if protocol == proto::TCP {
         check = match at::<[u16; 10]>(skb, l4) {
             Some(tcp) if l4 + 20 <= end => tcp[8],
