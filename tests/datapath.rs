@@ -11,6 +11,8 @@ mod bpf;
 mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
+#[path = "datapath/conntrack.rs"]
+mod conntrack;
 #[path = "datapath/flows.rs"]
 mod flows;
 #[path = "datapath/foreign.rs"]
@@ -25,10 +27,10 @@ mod icmp;
 mod ipv6;
 #[path = "datapath/maps.rs"]
 mod maps;
-#[path = "datapath/odd.rs"]
-mod odd;
 #[path = "datapath/ndp.rs"]
 mod ndp;
+#[path = "datapath/odd.rs"]
+mod odd;
 #[path = "datapath/packets.rs"]
 mod packets;
 #[path = "datapath/packets6.rs"]
