@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
-use kinesin::datapath::MapStore;
 use kinesin_abi::{FrontendKind, frontend_flags, proto};
 use kinesin_core::plan::Op;
 
