@@ -11,6 +11,8 @@ mod bpf;
 mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
+#[path = "datapath/conntrack.rs"]
+mod conntrack;
 #[path = "datapath/flows.rs"]
 mod flows;
 #[path = "datapath/foreign.rs"]

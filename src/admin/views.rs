@@ -170,6 +170,9 @@ pub struct StatusView {
     pub source: SourceView,
     /// The configuration in effect, without the list of settings.
     pub config: ConfigSummary,
+    /// The IP versions that are served: `IPv4`, `IPv6`.
+    #[serde(default)]
+    pub families: Vec<String>,
     /// The programs and where they are attached.
     pub hooks: Vec<HookView>,
     /// Which of kube-proxy's duties are done.

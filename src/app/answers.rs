@@ -134,6 +134,12 @@ impl Answers {
         records.map(|node| MemberView { node: node.to_string(), state: "alive".into(), last_seen: None }).collect()
     }
 
+    fn families(&self) -> Vec<String> {
+        let families = &self.world.config().families;
+        let named = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
+        named.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned()).collect()
+    }
+
     fn kube_proxy_replacement(&self) -> KprView {
         let config = self.world.config();
         let devices = self.world.devices.get();
@@ -265,6 +271,7 @@ impl Api for Answers {
                     },
                 },
                 hooks: self.hooks(),
+                families: self.families(),
                 kube_proxy_replacement: self.kube_proxy_replacement(),
                 sync: self.sync(),
                 maps: self.maps(),

@@ -62,6 +62,7 @@ fn head(status: &StatusView) -> String {
         ("Node", format!("{}   kinesin {}, up {}", status.node, status.version, age(status.uptime_seconds))),
         ("Source", format!("{}: {health}{detail}", source.kind)),
         ("KubeProxyReplacement", format!("{}{devices}", if kpr.enabled { "True" } else { "False" })),
+        ("Families", status.families.join(", ")),
         ("Lists", format!("{sync} ({objects} objects)")),
         ("Programs", format!("{attached}/{} attached", status.hooks.len())),
         ("Configuration", format!("{}: {config}", status.config.generation)),
