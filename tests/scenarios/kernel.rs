@@ -17,6 +17,7 @@ pub const SIZES: MapSizes = MapSizes {
     backends: 1024,
     maglev: 64,
     flows: 1024,
+    transient: 1024,
     sockets: 1024,
     affinity: 1024,
     ranges: 1024,
