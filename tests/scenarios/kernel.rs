@@ -18,6 +18,7 @@ pub const SIZES: MapSizes = MapSizes {
     maglev: 64,
     flows: 1024,
     transient: 1024,
+    fragments: 64,
     sockets: 1024,
     affinity: 1024,
     ranges: 1024,
