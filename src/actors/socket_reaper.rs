@@ -210,7 +210,10 @@ impl Ended {
     fn here(&mut self, store: &dyn MapStore, gone: &Gone, protocols: &[u8]) -> Result<(), MapError> {
         let diag = match SockDiag::open() {
             Ok(diag) => diag,
-            Err(error) => return Ok(self.error = Some(reason(&error))),
+            Err(error) => {
+                self.error = Some(reason(&error));
+                return Ok(());
+            }
         };
         for protocol in protocols {
             let sockets = match diag.connected(*protocol) {
@@ -247,7 +250,10 @@ impl Ended {
         match diag.destroy(socket) {
             Ok(true) => *self.count.entry(socket.protocol).or_default() += 1,
             Ok(false) => {}
-            Err(error) => return Ok(self.error = Some(reason(&error))),
+            Err(error) => {
+                self.error = Some(reason(&error));
+                return Ok(());
+            }
         }
         store.forget_socket(&key)
     }
