@@ -13,6 +13,7 @@ use crate::actors::config_watcher::{ConfigWatcher, ConfigWatcherArgs};
 use crate::actors::endpoint_syncer::EndpointSyncer;
 use crate::actors::endpoint_watcher::EndpointWatcher;
 use crate::actors::feed::WatcherArgs;
+use crate::actors::flow_collector::FlowCollector;
 use crate::actors::health::Health;
 use crate::actors::lb_ipam::LbIpam;
 use crate::actors::leader_elector::LeaderElector;
@@ -23,6 +24,7 @@ use crate::actors::membership::Membership;
 use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PodWatcher, PolicyWatcher, PoolWatcher};
 use crate::actors::service_health::ServiceHealth;
 use crate::actors::service_watcher::ServiceWatcher;
+use crate::actors::socket_reaper::SocketReaper;
 use crate::actors::status_writer::StatusWriter;
 use crate::actors::vip_owner::{VipOwner, VipOwnerMsg};
 use crate::address::Address;
@@ -151,6 +153,8 @@ fn tree(
         vec![
             Child::actor::<Loader>(&Address::new("loader"), w()),
             Child::actor::<MapWriter>(&Address::new("map_writer"), w()),
+            Child::actor::<FlowCollector>(&Address::new("flow_collector"), w()),
+            Child::actor::<SocketReaper>(&Address::new("socket_reaper"), w()),
         ],
     );
     let cluster = Child::supervisor(

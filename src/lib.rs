@@ -14,6 +14,7 @@ pub mod datapath;
 pub mod footprint;
 pub mod lab;
 pub mod level;
+pub mod machine;
 pub mod metrics;
 pub mod net;
 pub mod source;

@@ -17,7 +17,7 @@ mod problems;
 mod shared;
 
 pub use problems::Problems;
-pub use shared::{Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch};
+pub use shared::{Connections, Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch};
 
 /// Everything that actors share.
 #[derive(Clone)]
@@ -44,6 +44,8 @@ pub struct World {
     pub devices: Level<Devices>,
     /// Written by loader: the maps, and what is attached where.
     pub maps: Level<MapsHandle>,
+    /// Written by flow_collector: what its last pass found.
+    pub connections: Level<Connections>,
     /// Written by endpoint_syncer.
     pub compiled: Table<ServiceKey, Compiled>,
     /// Written by endpoint_syncer: what it compiles for.
@@ -84,6 +86,7 @@ impl World {
             leases: Table::default(),
             devices: Level::default(),
             maps: Level::default(),
+            connections: Level::default(),
             compiled: Table::default(),
             node_context: Level::default(),
             health_checks: Table::default(),

@@ -35,10 +35,14 @@ mod odd;
 mod packets;
 #[path = "datapath/packets6.rs"]
 mod packets6;
+#[path = "datapath/pressure.rs"]
+mod pressure;
 #[path = "datapath/programs.rs"]
 mod programs;
 #[path = "datapath/ranges.rs"]
 mod ranges;
+#[path = "datapath/reaper.rs"]
+mod reaper;
 #[path = "datapath/refusals.rs"]
 mod refusals;
 #[path = "datapath/rig.rs"]
@@ -51,6 +55,8 @@ mod services;
 mod sockets;
 #[path = "datapath/sockets6.rs"]
 mod sockets6;
+#[path = "datapath/stale.rs"]
+mod stale;
 #[path = "datapath/trace.rs"]
 mod trace;
 #[path = "datapath/traffic.rs"]

@@ -107,8 +107,10 @@ fn costs_with(services: u32) -> Vec<Cost> {
 
 /// So that one kind of packet does not meet what another left behind.
 fn forget_flows(rig: &Rig) {
-    for (key, _) in rig.maps.raw_entries("flows").expect("it can be read") {
-        rig.maps.raw_delete("flows", &key).expect("it can be deleted");
+    for table in ["flows", "transient"] {
+        for (key, _) in rig.maps.raw_entries(table).expect("it can be read") {
+            rig.maps.raw_delete(table, &key).expect("it can be deleted");
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! keeps it so: none of them is a dependency of this crate.
 
 pub mod devices;
+pub mod flows;
 pub mod lb_ipam;
 pub mod maglev;
 pub mod objects;
@@ -13,4 +14,6 @@ pub mod plan;
 pub mod presence;
 pub mod selector;
 pub mod services;
+pub mod sizing;
+pub mod sockets;
 pub mod trace;

@@ -32,6 +32,7 @@ use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
 use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
 use crate::level::Follower;
+use crate::machine;
 use crate::supervisor::Backoff;
 use crate::sync::lock;
 use crate::world::{Devices, MapsHandle, World};
@@ -83,6 +84,8 @@ pub struct Loader {
 struct Options {
     bpf_root: PathBuf,
     sizes: MapSizes,
+    /// What was asked for and may not fit into the memory.
+    tight: Vec<String>,
     /// Where sockets are translated.
     cgroup: Option<PathBuf>,
     /// Serve IPv6 on devices.
@@ -154,6 +157,9 @@ impl Actor for Loader {
         if let Some(devices) = self.world.devices.get() {
             written += self.follow_devices(&devices)?;
         }
+        if self.world.devices.get().is_some() {
+            self.finish_moving().await?;
+        }
         if taken > 0 {
             counter!("kinesin_hook_repairs_total").increment(taken as u64);
             tracing::warn!(hooks = taken, "programs were taken off their hooks: attached again");
@@ -188,14 +194,12 @@ async fn load(options: Options) -> Result<Loaded, Failure> {
 
 impl From<&Config> for Options {
     fn from(config: &Config) -> Self {
-        let sizes = MapSizes {
-            flows: flow_entries(config),
-            fragments: config.services.fragments_max,
-            ..MapSizes::for_services(config.services.map_max)
-        };
+        let (sizes, tight) = config.services.sizes.resolve(machine::memory());
+        let sizes = MapSizes { fragments: config.services.fragments_max, ..MapSizes::from(sizes) };
         let set = Some(config.paths.cgroup_root.clone()).filter(|path| !path.as_os_str().is_empty());
         let cgroup = config.services.socket_lb().then(|| set.or_else(cgroup2_root)).flatten();
-        Self { bpf_root: config.paths.bpf_root.clone(), sizes, cgroup, ipv6: config.families.ipv6 }
+        let ipv6 = config.families.ipv6;
+        Self { bpf_root: config.paths.bpf_root.clone(), sizes, tight, cgroup, ipv6 }
     }
 }
 
@@ -216,6 +220,27 @@ impl Loader {
         }
     }
 
+    /// Empties tables that this load has replaced, now that all programs are the new ones, and tells of it.
+    async fn finish_moving(&mut self) -> Result<(), Failure> {
+        let (moving, mut replaced) = {
+            let mut datapath = self.loaded.datapath();
+            let Some(moving) = datapath.take_moving() else { return Ok(()) };
+            (moving, datapath.migrations().to_vec())
+        };
+        replaced.extend(tokio::task::spawn_blocking(move || moving.finish()).await?);
+        let mut lost = Vec::new();
+        for table in &replaced {
+            let (map, difference, kept) = (&table.map, &table.difference, table.kept);
+            tracing::info!(%map, %difference, kept, lost = table.lost, "table replaced");
+            counter!("kinesin_map_moved_entries_total", "map_name" => map.to_lowercase()).increment(kept as u64);
+            if table.lost > 0 {
+                lost.push(format!("{map} ({difference}): {} entries did not fit and are lost", table.lost));
+            }
+        }
+        self.world.problems.set("maps-replaced", lost);
+        Ok(())
+    }
+
     /// Returns whether anything was different.
     fn write_settings(&self) -> Result<bool, Failure> {
         let config = self.world.config();
@@ -230,7 +255,7 @@ impl Loader {
                 | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
             settings.maglev_seed = seed(&config).jhash;
-            settings.pad = 0;
+            settings.timeouts = config.services.timeouts.to_abi();
             differs = *settings != before;
         })?;
         Ok(differs)
@@ -290,6 +315,7 @@ impl Loader {
         let failed =
             hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());
+        self.world.problems.set("memory", self.options.tight.clone());
         let MapSizes { frontends, slots, backends, maglev, ranges, .. } = self.options.sizes;
         let maglev_seed = seed(&self.world.config());
         let limits = Limits {
@@ -329,17 +355,4 @@ fn device_value(device: &Device) -> DeviceValue {
         ipv4: ipv4.unwrap_or_default(),
         ipv6: ipv6.unwrap_or_default(),
     }
-}
-
-/// How many connections fit: what the keys allow, but no more than a share of the machine's memory (1/800, the ratio that
-/// charts set in `bpf-map-dynamic-size-ratio`, halved: one table instead of several), and never fewer than 16,384.
-fn flow_entries(config: &Config) -> u32 {
-    /// Kernel bytes of a preallocated LRU element: its header, key and value.
-    const BYTES: u64 = 48 + 40 + 56;
-    let wanted = config.services.ct_tcp_max.saturating_add(config.services.ct_any_max);
-    let total = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib =
-        total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
-    let share = kib.map_or(u64::from(wanted), |kib| kib * 1024 / 800 / BYTES);
-    wanted.min(u32::try_from(share).unwrap_or(u32::MAX)).max(16_384)
 }

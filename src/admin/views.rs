@@ -181,6 +181,8 @@ pub struct StatusView {
     pub sync: Vec<SyncView>,
     /// How full each map is.
     pub maps: Vec<MapView>,
+    /// Connections, as of the last look at all of them.
+    pub connections: ConnectionsView,
     /// The node with the cluster-wide duties.
     pub leader: Option<String>,
     /// The nodes that take part in announcing.
@@ -268,6 +270,26 @@ pub struct MapView {
     pub used: u64,
     /// Entries that fit.
     pub max: u64,
+}
+
+/// See [`StatusView::connections`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ConnectionsView {
+    /// Entries of established TCP connections, two for each.
+    pub established: u64,
+    /// Entries of other flows: UDP, and connections that are not established.
+    pub transient: u64,
+    /// Entries removed because they had expired, since the agent started.
+    pub expired: u64,
+    /// Transient entries that the kernel forgot to make room for others.
+    pub forgotten: u64,
+    /// How often an established connection found no room among its like.
+    pub unsettled: u64,
+    /// Seconds since the last look; `null` before the first.
+    pub looked_seconds_ago: Option<u64>,
+    /// How long the last look took, milliseconds.
+    pub took_ms: u64,
 }
 
 /// One node that takes part in announcing.

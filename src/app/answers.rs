@@ -16,12 +16,12 @@ use super::{objects, trees};
 use crate::actors::vip_owner::{VipOwnerMsg, views};
 use crate::address::Address;
 use crate::admin::views::{
-    ConfigSummary, ConfigView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, Readiness, SourceView,
-    StatusView, SyncView, TableView, TreeView, VipView,
+    ConfigSummary, ConfigView, ConnectionsView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, Readiness,
+    SourceView, StatusView, SyncView, TableView, TreeView, VipView,
 };
 use crate::admin::{Api, ApiError};
 use crate::config::{Algorithm, Report};
-use crate::datapath::meaning_rows;
+use crate::datapath::{TableUsage, meaning_rows};
 use crate::level::Level;
 use crate::source::Source;
 use crate::supervisor::Child;
@@ -120,12 +120,31 @@ impl Answers {
         let handle = self.world.maps.get();
         let usage = handle.iter().flat_map(|handle| handle.store.usage());
         usage
-            .map(|table| MapView {
-                name: table.name.into(),
-                used: table.entries.unwrap_or(0),
-                max: table.max_entries.into(),
-            })
+            .map(|table| MapView { name: table.name.into(), used: self.used(&table), max: table.max_entries.into() })
             .collect()
+    }
+
+    /// Tables of connections are too large to be counted for each question.
+    fn used(&self, table: &TableUsage) -> u64 {
+        let connections = self.world.connections.get().map(|connections| *connections).unwrap_or_default();
+        match table.name {
+            "flows" => connections.settled,
+            "transient" => connections.transient,
+            _ => table.entries.unwrap_or(0),
+        }
+    }
+
+    fn connections(&self) -> ConnectionsView {
+        let connections = self.world.connections.get().map(|connections| *connections).unwrap_or_default();
+        ConnectionsView {
+            established: connections.settled,
+            transient: connections.transient,
+            expired: connections.expired,
+            forgotten: connections.forgotten,
+            unsettled: connections.unsettled,
+            looked_seconds_ago: connections.looked.map(|at| at.elapsed().as_secs()),
+            took_ms: connections.took.as_millis() as u64,
+        }
     }
 
     fn members(&self) -> Vec<MemberView> {
@@ -275,6 +294,7 @@ impl Api for Answers {
                 kube_proxy_replacement: self.kube_proxy_replacement(),
                 sync: self.sync(),
                 maps: self.maps(),
+                connections: self.connections(),
                 leader: self
                     .world
                     .leadership
@@ -325,11 +345,7 @@ impl Api for Answers {
             let handle = self.world.maps.get();
             let usage = handle.iter().flat_map(|handle| handle.store.usage());
             let tables: Vec<_> = usage
-                .map(|t| TableView {
-                    name: t.name.into(),
-                    about: objects::about(t.name).into(),
-                    rows: t.entries.unwrap_or(0),
-                })
+                .map(|t| TableView { name: t.name.into(), about: objects::about(t.name).into(), rows: self.used(&t) })
                 .collect();
             let resolved = tables.first().map(|frontends| TableView {
                 name: RESOLVED.into(),

@@ -110,7 +110,8 @@ pub(super) fn about(table: &str) -> &'static str {
         "slots" => "members of backend sets",
         "backends" => "pods by id",
         "maglev" => "consistent selection, by set",
-        "flows" => "connections, one entry per direction",
+        "flows" => "established TCP connections, one entry per direction",
+        "transient" => "other flows, one entry per direction",
         "fragments" => "ports of packets in fragments",
         "sockets" => "translated sockets",
         "ranges" => "networks whose clients services serve, or not",
@@ -119,6 +120,7 @@ pub(super) fn about(table: &str) -> &'static str {
         "devices" => "MAC and addresses of devices",
         "settings" => "what the programs are told",
         "drops" => "packets dropped, by reason",
+        "counts" => "what happens to connections",
         _ => "",
     }
 }

@@ -3,7 +3,7 @@
 use super::CliError;
 use super::client::Connection;
 use super::output::{Output, Table, age, ago};
-use crate::admin::views::{KprView, StatusView};
+use crate::admin::views::{ConnectionsView, KprView, StatusView};
 
 /// The agent at a glance: source, programs, maps, members, problems
 #[derive(clap::Args)]
@@ -34,6 +34,7 @@ fn text(status: &StatusView, verbose: bool) -> String {
     }
     if verbose {
         sections.push(maps(status));
+        sections.push(connections(&status.connections));
     }
     if !status.members.is_empty() {
         sections.push(members(status));
@@ -115,6 +116,23 @@ fn maps(status: &StatusView) -> String {
         table.row(vec![map.name.clone(), map.used.to_string(), map.max.to_string(), share]);
     }
     format!("Maps:\n{}", indent(&table.render("none")))
+}
+
+fn connections(view: &ConnectionsView) -> String {
+    let looked = match view.looked_seconds_ago {
+        Some(seconds) => format!("{} ago, in {} ms", age(seconds), view.took_ms),
+        None => "not yet".into(),
+    };
+    let rows = [
+        ("Established", view.established.to_string()),
+        ("Other", view.transient.to_string()),
+        ("Expired", view.expired.to_string()),
+        ("Forgotten early", view.forgotten.to_string()),
+        ("Without room", view.unsettled.to_string()),
+        ("Last look", looked),
+    ];
+    let rows: Vec<String> = rows.iter().map(|(name, value)| format!("{:<22}{value}", format!("{name}:"))).collect();
+    format!("Connections (entries, two for each):\n{}", indent(&rows.join("\n")))
 }
 
 fn members(status: &StatusView) -> String {

@@ -171,12 +171,18 @@ pub struct Services {
     pub maglev_table_size: u32,
     /// `bpf-lb-maglev-hash-seed`
     pub maglev_seed: MaglevSeed,
-    /// `bpf-lb-map-max`, entries.
-    pub map_max: u32,
-    /// `bpf-ct-global-tcp-max`, entries.
-    pub ct_tcp_max: u32,
-    /// `bpf-ct-global-any-max`, entries.
-    pub ct_any_max: u32,
+    /// How large the maps are.
+    pub sizes: SizeKeys,
+    /// `bpf-lb-sock-terminate-pod-connections`; `None` follows `bpf-lb-sock`.
+    pub terminate_pods: Option<bool>,
+    /// `lb-sock-terminate-all-protos`
+    pub terminate_all_protos: bool,
+    /// For how long silent connections are kept.
+    pub timeouts: CtTimeouts,
+    /// `conntrack-gc-interval`; zero leaves it to what is found.
+    pub gc_interval: Duration,
+    /// `conntrack-gc-max-interval`; zero means twelve hours.
+    pub gc_max_interval: Duration,
     /// `bpf-fragments-map-max`, entries.
     pub fragments_max: u32,
     /// `enable-ipv4-fragment-tracking`
@@ -215,9 +221,100 @@ impl Services {
         self.kube_proxy_replacement || self.socket_lb.unwrap_or(false)
     }
 
+    /// Whether sockets of pods are ended when their backend is gone, too.
+    pub fn terminates_pod_connections(&self) -> bool {
+        self.terminate_pods.unwrap_or_else(|| self.socket_lb())
+    }
+
     /// First and last source port of translated connections: what is above the NodePorts.
     pub fn snat_ports(&self) -> (u16, u16) {
         (self.node_port_range.last.saturating_add(1), u16::MAX)
+    }
+}
+
+/// Entries of maps; 0 leaves a size to another key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SizeKeys {
+    /// `bpf-map-dynamic-size-ratio`, in millionths.
+    pub ratio: Ratio,
+    /// `bpf-lb-map-max`; not 0.
+    pub lb: u32,
+    /// `bpf-lb-service-map-max`
+    pub services: u32,
+    /// `bpf-lb-service-backend-map-max`
+    pub backends: u32,
+    /// `bpf-lb-affinity-map-max`
+    pub affinity: u32,
+    /// `bpf-lb-source-range-map-max`
+    pub ranges: u32,
+    /// `bpf-lb-maglev-map-max`
+    pub maglev: u32,
+    /// `bpf-sock-rev-map-max`
+    pub sockets: u32,
+    /// `bpf-ct-global-tcp-max`
+    pub tcp: u32,
+    /// `bpf-ct-global-any-max`
+    pub any: u32,
+    /// `bpf-nat-global-max`
+    pub nat: u32,
+}
+
+/// A share from 0 to 1, in millionths, so that it can be compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ratio(pub u32);
+
+impl SizeKeys {
+    /// What follows from the keys for a machine; the second part is what cannot go well.
+    pub fn resolve(&self, memory: kinesin_core::sizing::Memory) -> (kinesin_core::sizing::Sizes, Vec<String>) {
+        let wishes = kinesin_core::sizing::Wishes {
+            ratio: self.ratio.0 as f32 / 1e6,
+            lb: self.lb,
+            services: self.services,
+            backends: self.backends,
+            maglev: self.maglev,
+            ranges: self.ranges,
+            affinity: self.affinity,
+            sockets: self.sockets,
+            tcp: self.tcp,
+            any: self.any,
+            nat: self.nat,
+        };
+        kinesin_core::sizing::sizes(memory, &wishes)
+    }
+}
+
+/// The `bpf-ct-timeout-*` keys, whole seconds from 1 on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CtTimeouts {
+    /// `bpf-ct-timeout-service-tcp`
+    pub service_tcp: Duration,
+    /// `bpf-ct-timeout-service-any`
+    pub service_any: Duration,
+    /// `bpf-ct-timeout-service-tcp-grace`
+    pub grace: Duration,
+    /// `bpf-ct-timeout-regular-tcp`
+    pub regular_tcp: Duration,
+    /// `bpf-ct-timeout-regular-any`
+    pub regular_any: Duration,
+    /// `bpf-ct-timeout-regular-tcp-syn`
+    pub syn: Duration,
+    /// `bpf-ct-timeout-regular-tcp-fin`
+    pub fin: Duration,
+}
+
+impl CtTimeouts {
+    /// As the programs read them.
+    pub fn to_abi(&self) -> kinesin_abi::Timeouts {
+        let seconds = |duration: &Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX).max(1);
+        kinesin_abi::Timeouts {
+            service_tcp: seconds(&self.service_tcp),
+            service_any: seconds(&self.service_any),
+            regular_tcp: seconds(&self.regular_tcp),
+            regular_any: seconds(&self.regular_any),
+            syn: seconds(&self.syn),
+            fin: seconds(&self.fin),
+            grace: seconds(&self.grace),
+        }
     }
 }
 

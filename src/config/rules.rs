@@ -35,6 +35,7 @@ pub(super) fn contradiction(config: &Config) -> Option<Contradiction> {
 pub(super) fn adjust(config: &mut Config) -> Vec<String> {
     let mut warnings = Vec::new();
     maglev_size(config, &mut warnings);
+    connections(config, &mut warnings);
     lease_timing(config, &mut warnings);
     combinations(config, &mut warnings);
     warnings
@@ -48,6 +49,25 @@ fn maglev_size(config: &mut Config, warnings: &mut Vec<String>) {
             kinesin_abi::MAGLEV_TABLE_SIZE
         ));
         *size = kinesin_abi::MAGLEV_TABLE_SIZE;
+    }
+}
+
+/// The programs count whole seconds, and a connection that is forgotten at once is none.
+fn connections(config: &mut Config, warnings: &mut Vec<String>) {
+    let timeouts = &mut config.services.timeouts;
+    for (key, value) in [
+        ("bpf-ct-timeout-service-tcp", &mut timeouts.service_tcp),
+        ("bpf-ct-timeout-service-any", &mut timeouts.service_any),
+        ("bpf-ct-timeout-service-tcp-grace", &mut timeouts.grace),
+        ("bpf-ct-timeout-regular-tcp", &mut timeouts.regular_tcp),
+        ("bpf-ct-timeout-regular-any", &mut timeouts.regular_any),
+        ("bpf-ct-timeout-regular-tcp-syn", &mut timeouts.syn),
+        ("bpf-ct-timeout-regular-tcp-fin", &mut timeouts.fin),
+    ] {
+        if *value < Duration::from_secs(1) {
+            warnings.push(format!("{key}={} is shorter than a second: using 1s", format_duration(*value)));
+            *value = Duration::from_secs(1);
+        }
     }
 }
 

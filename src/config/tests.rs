@@ -95,6 +95,12 @@ fn values_of_each_type_are_read_or_refused() {
         ("bpf-lb-map-max", "-1", None),
         ("bpf-lb-map-max", "64Ki", None),
         ("bpf-ct-global-tcp-max", "99999999999999999999", None),
+        ("bpf-ct-global-tcp-max", "0", Some("0")),
+        ("bpf-map-dynamic-size-ratio", "0.0025", Some("0.0025")),
+        ("bpf-map-dynamic-size-ratio", "0.0", Some("0")),
+        ("bpf-map-dynamic-size-ratio", "1.5", None),
+        ("bpf-map-dynamic-size-ratio", "NaN", None),
+        ("bpf-ct-timeout-service-tcp", "6h", Some("6h")),
         ("bpf-lb-maglev-table-size", "16381", Some("16381")),
         ("bpf-lb-maglev-table-size", "16384", None),
         ("k8s-client-qps", "50", Some("50")),
@@ -200,7 +206,7 @@ fn flags_win_over_environment_over_directory_over_default() {
     let (config, report) = loaded(&inputs);
     assert!(report.is_clean(), "{report:?}");
     let services = &config.services;
-    assert_eq!((services.map_max, services.ct_tcp_max, services.ct_any_max), (200, 4000, 6000));
+    assert_eq!((services.sizes.lb, services.sizes.tcp, services.sizes.any), (200, 4000, 6000));
     assert_eq!(config.kubernetes.burst, 70);
     assert_eq!(setting(&report, "bpf-lb-map-max").source, "environment variable CILIUM_BPF_LB_MAP_MAX");
     assert_eq!(setting(&report, "bpf-ct-global-tcp-max").source, "environment variable KINESIN_BPF_CT_GLOBAL_TCP_MAX");
@@ -390,7 +396,7 @@ fn a_reload_names_what_changed() {
     fs::remove_file(dir.path().join("bpf-lb-map-max")).unwrap();
     let next = reload(&inputs, &first);
     assert_eq!(next.changed_keys, ["bpf-lb-algorithm", "bpf-lb-map-max"]);
-    assert_eq!(next.config.services.map_max, 65536);
+    assert_eq!(next.config.services.sizes.lb, 65536);
     assert_ne!(next.config.generation, first.generation);
 }
 
@@ -401,7 +407,7 @@ fn a_reload_keeps_the_last_good_value_of_what_is_invalid_and_takes_the_rest() {
     fs::write(dir.path().join("bpf-lb-map-max"), "many").unwrap();
     fs::write(dir.path().join("k8s-client-burst"), "40").unwrap();
     let next = reload(&inputs, &first);
-    assert_eq!((next.config.services.map_max, next.config.kubernetes.burst), (100, 40));
+    assert_eq!((next.config.services.sizes.lb, next.config.kubernetes.burst), (100, 40));
     assert_eq!(next.changed_keys, ["k8s-client-burst"]);
     assert_eq!(next.report.invalid[0].used, "100");
     assert_eq!(setting(&next.report, "bpf-lb-map-max").source, "last good value");
@@ -465,7 +471,7 @@ async fn a_config_map_swap_is_noticed_and_read_as_a_whole() {
     swap(dir.path(), "..2026_1", &[("bpf-lb-map-max", "100"), ("debug", "true")]);
     let inputs = Inputs { config_dir: Some(dir.path().into()), hostname: "n".into(), ..Inputs::default() };
     let (first, report) = loaded(&inputs);
-    assert_eq!(first.services.map_max, 100);
+    assert_eq!(first.services.sizes.lb, 100);
     assert!(setting(&report, "debug").source.ends_with("/debug") && !setting(&report, "debug").source.contains(".."));
 
     // The rescan is out of reach: only events can make this pass.
@@ -473,7 +479,7 @@ async fn a_config_map_swap_is_noticed_and_read_as_a_whole() {
     swap(dir.path(), "..2026_2", &[("bpf-lb-map-max", "200")]);
     soon(&mut watch, "the swap").await;
     let next = reload(&inputs, &first);
-    assert_eq!(next.config.services.map_max, 200);
+    assert_eq!(next.config.services.sizes.lb, 200);
     // The link of the removed key dangles until the kubelet removes it; the key is gone already.
     assert_eq!(next.changed_keys, ["bpf-lb-map-max", "debug"]);
 }
@@ -498,9 +504,9 @@ fn a_directory_that_is_swapped_while_it_is_read_is_never_read_in_part() {
         while !last {
             last = done.load(std::sync::atomic::Ordering::SeqCst);
             config = reload(&inputs, &config).config;
-            assert_eq!(config.services.map_max, config.kubernetes.burst);
+            assert_eq!(config.services.sizes.lb, config.kubernetes.burst);
         }
-        assert_eq!(config.services.map_max, 1299, "the last generation is read in the end");
+        assert_eq!(config.services.sizes.lb, 1299, "the last generation is read in the end");
     });
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use super::model::{Choice, Config, ListenAddr, LogLevel, MaglevSeed, PortRange};
+use super::model::{Choice, Config, ListenAddr, LogLevel, MaglevSeed, PortRange, Ratio};
 
 /// A place in a [`Config`].
 pub(super) type At<T> = fn(&mut Config) -> &mut T;
@@ -26,6 +26,8 @@ pub(super) enum Kind {
     OneOf { options: &'static [u32], at: At<u32> },
     /// A decimal number above 0.
     Rate(At<f32>),
+    /// A decimal number from 0 to 1.
+    Ratio(At<Ratio>),
     /// Go's duration syntax; not negative.
     Duration(At<Duration>),
     /// One of a few words.
@@ -64,6 +66,7 @@ impl Kind {
                 format!("one of {}", options.iter().map(u32::to_string).collect::<Vec<_>>().join(", "))
             }
             Self::Rate(_) => "a number above 0".into(),
+            Self::Ratio(_) => "a number from 0 to 1".into(),
             Self::Duration(_) => "a duration such as 500ms, 15s or 1m30s".into(),
             Self::Choice(at) => format!("one of {}", at(&mut Config::default()).options().join(", ")),
             Self::Level(_) => format!("one of {}, or empty", LogLevel::Info.options().join(", ")),
@@ -84,7 +87,7 @@ impl Kind {
         match self {
             Self::Bool(_) | Self::OptionalBool(_) => "BOOL",
             Self::Int { .. } | Self::OneOf { .. } => "NUMBER",
-            Self::Rate(_) => "DECIMAL",
+            Self::Rate(_) | Self::Ratio(_) => "DECIMAL",
             Self::Duration(_) => "DURATION",
             Self::Choice(_) | Self::Level(_) => "WORD",
             Self::Text(_) => "TEXT",
@@ -113,7 +116,9 @@ impl Kind {
     pub(super) fn takes_empty(&self) -> bool {
         match self {
             Self::Bool(_) | Self::Int { .. } | Self::OneOf { .. } | Self::Rate(_) | Self::Duration(_) => false,
-            Self::Choice(_) | Self::Ports(_) | Self::Seed(_) | Self::Path { optional: false, .. } => false,
+            Self::Ratio(_) | Self::Choice(_) | Self::Ports(_) | Self::Seed(_) | Self::Path { optional: false, .. } => {
+                false
+            }
             Self::OptionalBool(_) | Self::Level(_) | Self::Text(_) | Self::Path { .. } | Self::Words(_) => true,
             Self::Urls(_) | Self::Cidrs(_) | Self::Listen(_) => true,
         }
@@ -132,6 +137,7 @@ impl Kind {
             Self::Int { min, max, at } => put(text.parse().ok().filter(|n| (min..=max).contains(&n)), *at, config),
             Self::OneOf { options, at } => put(text.parse().ok().filter(|n| options.contains(n)), *at, config),
             Self::Rate(at) => put(text.parse().ok().filter(|n: &f32| n.is_finite() && *n > 0.0), *at, config),
+            Self::Ratio(at) => put(ratio(text), *at, config),
             Self::Duration(at) => put(parse_duration(text), *at, config),
             Self::Choice(at) => at(config).choose(text),
             Self::Level(at) => {
@@ -160,6 +166,7 @@ impl Kind {
             Self::OptionalBool(at) => at(config).map(|b| b.to_string()).unwrap_or_default(),
             Self::Int { at, .. } | Self::OneOf { at, .. } => at(config).to_string(),
             Self::Rate(at) => at(config).to_string(),
+            Self::Ratio(at) => (f64::from(at(config).0) / 1e6).to_string(),
             Self::Duration(at) => format_duration(*at(config)),
             Self::Choice(at) => at(config).spelling().into(),
             Self::Level(at) => at(config).map(|l| l.to_string()).unwrap_or_default(),
@@ -275,6 +282,11 @@ fn listen(text: &str) -> Option<ListenAddr> {
     }
     let addr: SocketAddr = text.parse().ok()?;
     Some(ListenAddr { ip: Some(addr.ip()), port: addr.port() })
+}
+
+fn ratio(text: &str) -> Option<Ratio> {
+    let share: f64 = text.parse().ok()?;
+    (0.0..=1.0).contains(&share).then(|| Ratio((share * 1e6).round() as u32))
 }
 
 fn ports(text: &str) -> Option<PortRange> {

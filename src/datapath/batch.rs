@@ -55,6 +55,19 @@ impl Table {
         sys::update(self.fd(), key, value)
     }
 
+    /// Adds an element unless it is there already; `false` where the map is full.
+    pub(crate) fn add(&self, key: &[u8], value: &[u8]) -> io::Result<bool> {
+        self.check(key, Some(value))?;
+        match sys::insert(self.fd(), key, value) {
+            Ok(()) => Ok(true),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EEXIST) => Ok(true),
+                Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM) => Ok(false),
+                _ => Err(error),
+            },
+        }
+    }
+
     /// Whether there was such an element.
     pub(crate) fn remove(&self, key: &[u8]) -> io::Result<bool> {
         self.check(key, None)?;

@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
-    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue,
-    FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING,
+    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING,
     SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_FIN,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 
@@ -115,6 +115,7 @@ fn flow_value(value: &FlowValue) -> String {
             (TCP_SEEN_FIN_REPLY.into(), "fin-reply"),
             (TCP_SEEN_RST.into(), "rst"),
             (TCP_SEEN_REPLY.into(), "answered"),
+            (TCP_SEEN_ACK.into(), "established"),
         ],
     );
     let (src, dst) = (endpoint(value.src, value.sport), endpoint(value.dst, value.dport));
@@ -148,7 +149,7 @@ fn device(value: &DeviceValue) -> String {
 
 fn settings(value: &Settings) -> String {
     format!(
-        "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x}",
+        "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x} timeouts={:?}",
         value.alive_at,
         value.alive_for,
         flags(
@@ -162,7 +163,8 @@ fn settings(value: &Settings) -> String {
         ),
         value.snat_min,
         value.snat_max,
-        value.maglev_seed
+        value.maglev_seed,
+        value.timeouts
     )
 }
 
@@ -212,6 +214,11 @@ fn drop_key(slot: u32) -> String {
     format!("{direction} {reason} {text}")
 }
 
+/// The sum of a per-CPU number.
+pub(crate) fn total(value: &[u8]) -> u64 {
+    value.as_chunks().0.iter().map(|cpu| u64::from_ne_bytes(*cpu)).fold(0, u64::wrapping_add)
+}
+
 /// The sum of a per-CPU counter.
 pub(crate) fn sum(value: &[u8]) -> DropCounter {
     value.as_chunks::<{ size_of::<DropCounter>() }>().0.iter().filter_map(|cpu| from_bytes::<DropCounter>(cpu)).fold(
@@ -238,7 +245,7 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
             Some((number?, format!("{filled} entries, backends {ids:?}")))
         }
         "fragments" => Some((fragment_key(&from_bytes(key)?), fragment_value(&from_bytes(value)?))),
-        "flows" => Some((flow_key(&from_bytes(key)?), flow_value(&from_bytes(value)?))),
+        "flows" | "transient" => Some((flow_key(&from_bytes(key)?), flow_value(&from_bytes(value)?))),
         "sockets" => Some((socket_key(&from_bytes(key)?), socket_value(&from_bytes(value)?))),
         "affinity" => Some((affinity_key(&from_bytes(key)?), affinity_value(&from_bytes(value)?))),
         "ranges" => Some((range_key(&from_bytes(key)?), String::new())),
@@ -253,6 +260,11 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
             let counter = sum(value);
             let key = drop_key(from_bytes(key)?);
             (counter.packets > 0).then(|| (key, format!("{} packets, {} bytes", counter.packets, counter.bytes)))
+        }
+        "counts" => {
+            let index = from_bytes::<u32>(key)? as usize;
+            let what = FlowCount::ALL.get(index)?;
+            Some((format!("{index} {}", what.text()), total(value).to_string()))
         }
         _ => None,
     }

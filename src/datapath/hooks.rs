@@ -89,8 +89,10 @@ impl Datapath {
             let program = programs[place as usize];
             self.has(place).then(|| self.attach(Hook::Device { ifindex, name: name.to_owned(), place, program }).1)
         };
-        let [ingress, egress] = [ingress, egress].map(|place| attach(place).expect("IPv4 has its places always"));
-        let ipv6 = attach(in6).zip(attach(out6)).map(<[HookStatus; 2]>::from);
+        // Replies first: the new program finds what the old one records, but not the other way round.
+        let [egress, ingress] = [egress, ingress].map(|place| attach(place).expect("IPv4 has its places always"));
+        let out6 = attach(out6);
+        let ipv6 = attach(in6).zip(out6).map(<[HookStatus; 2]>::from);
         Ok(DeviceHooks { ingress, egress, ipv6 })
     }
 

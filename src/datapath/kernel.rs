@@ -5,13 +5,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kinesin_abi::{
-    Addr, Backend, BackendId, Be16, DeviceValue, Direction, DropCounter, DropReason, FLOW_REPLY, FlowKey, FlowValue,
-    FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, SourceRangeKey, drop_slot,
-    proto,
+    Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FlowCount, FlowKey, FlowValue, FrontendKey,
+    FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, SocketKey, SocketValue, SourceRangeKey,
+    Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
 use super::batch::{Stopped, Table};
+use super::collect::{self, Collected, Flows};
 use super::{
     ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
     from_bytes, hint, sys, table_name, table_of,
@@ -32,7 +33,7 @@ impl KernelMaps {
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| error)?.get() as usize;
         let mut tables = Vec::with_capacity(TABLES.len());
         for (name, fd) in TABLES.into_iter().zip(fds) {
-            tables.push(Table::new(fd, if name == "drops" { cpus } else { 1 })?);
+            tables.push(Table::new(fd, if matches!(name, "drops" | "counts") { cpus } else { 1 })?);
         }
         let tables = tables.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         Ok(Self { tables })
@@ -82,6 +83,18 @@ impl KernelMaps {
 
     fn remove<K: aya::Pod>(&self, table: &'static str, key: &K) -> Result<(), MapError> {
         self.table(table).remove(bytes_of(key)).map(drop).map_err(self.failed(table, "delete from"))
+    }
+
+    /// Adds to one of the counts that only the agent writes, in the first CPU's element.
+    fn count(&self, what: FlowCount, more: u64) -> Result<(), MapError> {
+        let table = self.table("counts");
+        let key = what as u32;
+        let value = table.get(bytes_of(&key)).map_err(self.failed("counts", "read"))?;
+        let mut value = value.unwrap_or_else(|| vec![0; table.value]);
+        if let Some(first) = value.first_chunk_mut() {
+            *first = u64::from_ne_bytes(*first).wrapping_add(more).to_ne_bytes();
+        }
+        table.put(bytes_of(&key), &value).map_err(self.failed("counts", "write to"))
     }
 
     /// Bases and bytes of the Maglev tables; the kernel gives out ids of the inner maps.
@@ -173,18 +186,50 @@ pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
     bytes.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).take(MAGLEV_TABLE_SIZE as usize).collect()
 }
 
-/// Whether a flow is connectionless and goes to, or comes from, one of these backends.
-pub(crate) fn flow_to(key: &FlowKey, value: &FlowValue, backends: &[(Addr, Be16, u8)]) -> bool {
-    let end = if value.flags & FLOW_REPLY != 0 { (key.src, key.sport) } else { (value.dst, value.dport) };
-    key.proto == proto::UDP && backends.contains(&(end.0, end.1, key.proto))
-}
-
 /// Elements of the ranges trie as the planner writes them.
 pub(crate) fn read_ranges(elements: Vec<(SourceRangeKey, u32)>) -> Vec<SourceRangeKey> {
     let mut keys: Vec<SourceRangeKey> = elements.into_iter().map(|(key, _)| key.masked()).collect();
     keys.sort_unstable();
     keys.dedup();
     keys
+}
+
+impl Flows for KernelMaps {
+    fn scan(
+        &self,
+        table: &'static str,
+        each: &mut dyn FnMut(FlowKey, FlowValue) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        let mut outcome = Ok(());
+        self.table(table)
+            .scan(|key, value| {
+                if let Some((key, value)) = from_bytes(key).zip(from_bytes(value))
+                    && outcome.is_ok()
+                {
+                    outcome = each(key, value);
+                }
+            })
+            .map_err(self.failed(table, "read"))?;
+        outcome
+    }
+
+    fn get(&self, table: &'static str, key: &FlowKey) -> Result<Option<FlowValue>, MapError> {
+        let value = self.table(table).get(bytes_of(key)).map_err(self.failed(table, "read"))?;
+        Ok(value.and_then(|value| from_bytes(&value)))
+    }
+
+    fn remove(&self, table: &'static str, key: &FlowKey) -> Result<bool, MapError> {
+        self.table(table).remove(bytes_of(key)).map_err(self.failed(table, "delete from"))
+    }
+
+    fn backend(&self, id: BackendId) -> Result<Option<Backend>, MapError> {
+        let table = self.table("backends");
+        if id >= table.entries {
+            return Ok(None);
+        }
+        let value = table.get(bytes_of(&id)).map_err(self.failed("backends", "read"))?;
+        Ok(value.and_then(|value| from_bytes(&value)))
+    }
 }
 
 impl MapStore for KernelMaps {
@@ -272,23 +317,39 @@ impl MapStore for KernelMaps {
         Ok([read(Direction::Ingress)?, read(Direction::Egress)?])
     }
 
-    fn remove_flows_to(&self, backends: &[(Addr, Be16, u8)]) -> Result<usize, MapError> {
-        if !backends.iter().any(|(_, _, protocol)| *protocol == proto::UDP) {
-            return Ok(0);
+    fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {
+        let collected = collect::pass(self, timeouts, now)?;
+        let removed = collected.transient.removed() + collected.copies;
+        if removed > 0 {
+            self.count(FlowCount::Collected, removed)?;
         }
-        let mut keys = Vec::new();
-        let table = self.table("flows");
-        table
-            .scan(|key, value| {
-                let matches = from_bytes::<FlowKey>(key)
-                    .zip(from_bytes::<FlowValue>(value))
-                    .is_some_and(|(key, value)| flow_to(&key, &value, backends));
-                if matches {
-                    keys.extend_from_slice(key);
-                }
-            })
-            .map_err(self.failed("flows", "read"))?;
-        table.remove_all(&keys).map_err(|stopped| self.failed("flows", "delete from")(stopped.error))
+        Ok(collected)
+    }
+
+    fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError> {
+        let mut counts = [0; FlowCount::ALL.len()];
+        for (count, what) in counts.iter_mut().zip(FlowCount::ALL) {
+            let value = self.table("counts").get(bytes_of(&(what as u32))).map_err(self.failed("counts", "read"))?;
+            *count = value.map_or(0, |value| dump::total(&value));
+        }
+        Ok(counts)
+    }
+
+    fn flow_sizes(&self) -> (u32, u32) {
+        (self.table("flows").entries, self.table("transient").entries)
+    }
+
+    fn sockets(&self) -> Result<Vec<(SocketKey, SocketValue)>, MapError> {
+        self.scan("sockets")
+    }
+
+    fn socket(&self, key: &SocketKey) -> Result<Option<SocketValue>, MapError> {
+        let value = self.table("sockets").get(bytes_of(key)).map_err(self.failed("sockets", "read"))?;
+        Ok(value.and_then(|value| from_bytes(&value)))
+    }
+
+    fn forget_socket(&self, key: &SocketKey) -> Result<(), MapError> {
+        self.remove("sockets", key)
     }
 
     fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError> {
@@ -359,7 +420,9 @@ impl MapStore for KernelMaps {
         let name = table_name(table)?;
         let table = self.table(name);
         let result = match name {
-            "slots" | "backends" | "settings" | "drops" => table.put(key, &vec![0; table.value]).map(|()| true),
+            "slots" | "backends" | "settings" | "drops" | "counts" => {
+                table.put(key, &vec![0; table.value]).map(|()| true)
+            }
             _ => table.remove(key),
         };
         Ok(result.map_err(self.failed(name, "delete from"))?)

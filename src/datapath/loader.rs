@@ -10,10 +10,12 @@ use std::sync::Arc;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
+use kinesin_core::sizing::Sizes;
 
 use super::attach::{self, HookStatus, Place, chain};
 use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
+use super::moving::{Moving, has_connections};
 use super::pin::{self, Migration, Pinned, Shape};
 use super::{MapStore, TABLES, sys};
 
@@ -41,10 +43,12 @@ pub struct MapSizes {
     pub backends: u32,
     /// Maglev tables.
     pub maglev: u32,
-    /// Connections, two elements each.
+    /// Established TCP connections, two elements each.
     pub flows: u32,
     /// Packets in fragments, each while they come.
     pub fragments: u32,
+    /// Other connections and flows, two elements each.
+    pub transient: u32,
     /// Translated sockets.
     pub sockets: u32,
     /// Clients of services with session affinity.
@@ -58,19 +62,6 @@ pub struct MapSizes {
 }
 
 impl MapSizes {
-    /// From `bpf-lb-map-max`: so many frontends and backends, and room for each backend in four sets.
-    pub fn for_services(max: u32) -> Self {
-        let max = max.max(1);
-        Self {
-            frontends: max,
-            slots: max.saturating_mul(4),
-            backends: max,
-            maglev: max,
-            ranges: max,
-            ..Self::default()
-        }
-    }
-
     pub(crate) fn of(&self, table: &str) -> Option<u32> {
         match table {
             "frontends" => Some(self.frontends),
@@ -79,12 +70,30 @@ impl MapSizes {
             "maglev" => Some(self.maglev),
             "flows" => Some(self.flows),
             "fragments" => Some(self.fragments),
+            "transient" => Some(self.transient),
             "sockets" => Some(self.sockets),
             "affinity" => Some(self.affinity),
             "ranges" => Some(self.ranges),
             "l2" => Some(self.l2),
             "devices" => Some(self.devices),
             _ => None,
+        }
+    }
+}
+
+impl From<Sizes> for MapSizes {
+    fn from(sizes: Sizes) -> Self {
+        Self {
+            frontends: sizes.frontends,
+            slots: sizes.slots,
+            backends: sizes.backends,
+            maglev: sizes.maglev,
+            flows: sizes.tcp,
+            transient: sizes.any,
+            sockets: sizes.sockets,
+            affinity: sizes.affinity,
+            ranges: sizes.ranges,
+            ..Self::default()
         }
     }
 }
@@ -98,6 +107,7 @@ impl Default for MapSizes {
             maglev: 65_536,
             flows: 131_072,
             fragments: 8192,
+            transient: 65_536,
             sockets: 65_536,
             affinity: 65_536,
             ranges: 65_536,
@@ -159,6 +169,8 @@ pub struct Datapath {
     pub(super) refused: BTreeMap<String, String>,
     pub(super) hooks: BTreeMap<Hook, HookStatus>,
     migrations: Vec<Migration>,
+    /// Tables that are being replaced, until somebody takes it on to empty them.
+    moving: Option<Moving>,
 }
 
 impl Datapath {
@@ -195,9 +207,10 @@ impl Datapath {
                 loader.map_max_entries(name, entries);
             }
             let mut path = maps.join(name);
+            // Of an agent that died at just this point.
+            let temporary = maps.join(format!("{name}-new"));
+            let _ = fs::remove_file(&temporary);
             if let Pinned::Differs(old, difference) = pin::inspect(&path, shape).map_err(pin_error(&path))? {
-                let temporary = maps.join(format!("{name}-new"));
-                let _ = fs::remove_file(&temporary);
                 replaced.push((*name, old, difference, temporary.clone(), path));
                 path = temporary;
             }
@@ -209,12 +222,25 @@ impl Datapath {
 
         let cpus = aya::util::nr_cpus().map_or(1, |n| n.get() as usize);
         let mut migrations = Vec::new();
+        let fd = |name: &str| map_fd(&ebpf, name).map_err(io::Error::other);
+        let mut moving = Moving::new(&maps, fd, &shapes).map_err(pin_error(&maps))?;
         for (name, old, difference, temporary, path) in replaced {
+            if has_connections(name) {
+                moving.keep(name, old, difference, &path).map_err(pin_error(&path))?;
+                fs::rename(&temporary, &path).map_err(pin_error(&path))?;
+                continue;
+            }
             let fd = map_fd(&ebpf, name)?;
-            let cpus = if name == "DROPS" { cpus } else { 1 };
+            let cpus = if matches!(name, "DROPS" | "COUNTS") { cpus } else { 1 };
             // What cannot be read is lost; it must not keep the agent from starting.
-            let (kept, lost) = pin::copy(old, fd, cpus, name == "MAGLEV").unwrap_or((0, 0));
+            let copied = match name {
+                "SETTINGS" => pin::copy_settings(&old, &fd),
+                _ => pin::copy(&old, &fd, cpus, name == "MAGLEV"),
+            };
+            let (kept, lost) = copied.unwrap_or((0, 0));
             fs::rename(&temporary, &path).map_err(pin_error(&path))?;
+            // What cannot be read now cannot be read later.
+            let _ = moving.again(name, old);
             if difference != "empty" {
                 migrations.push(Migration { map: name.to_owned(), difference, kept, lost });
             }
@@ -233,6 +259,7 @@ impl Datapath {
             refused: BTreeMap::new(),
             hooks: BTreeMap::new(),
             migrations,
+            moving: Some(moving),
         };
         datapath.load_programs();
         attach::sweep(&datapath.links);
@@ -279,6 +306,12 @@ impl Datapath {
         &self.migrations
     }
 
+    /// Tables that this load replaces, for whoever attaches the programs to finish; none the second time. Until then the
+    /// new programs find in the old tables of connections what the new ones do not have.
+    pub fn take_moving(&mut self) -> Option<Moving> {
+        self.moving.take()
+    }
+
     /// The loaded object, for tests that run programs.
     pub fn ebpf_mut(&mut self) -> &mut Ebpf {
         &mut self.ebpf
@@ -314,6 +347,7 @@ const NAMES: [&str; TABLES.len()] = [
     "BACKENDS",
     "MAGLEV",
     "FLOWS",
+    "TRANSIENT",
     "FRAGMENTS",
     "SOCKETS",
     "AFFINITY",
@@ -322,6 +356,7 @@ const NAMES: [&str; TABLES.len()] = [
     "DEVICES",
     "SETTINGS",
     "DROPS",
+    "COUNTS",
 ];
 
 fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
@@ -332,6 +367,7 @@ fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
             | Map::LruHashMap(data)
             | Map::LpmTrie(data)
             | Map::PerCpuArray(data)
+            | Map::ArrayOfMaps(data)
             | Map::HashOfMaps(data),
         ) => data,
         _ => return Err(LoadError::Object(format!("map {name} is missing or of another kind"))),

@@ -5,12 +5,13 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kinesin_abi::{
-    Addr, Backend, Be16, DeviceValue, Direction, DropCounter, DropReason, FlowKey, FlowValue, L2Key, L2Value, Settings,
-    drop_slot,
+    Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FLOW_COUNTS, FlowCount, FlowKey, FlowValue,
+    L2Key, L2Value, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
-use super::kernel::{flow_to, maglev_bytes, maglev_ids, read_ranges};
+use super::collect::{self, Collected, Flows};
+use super::kernel::{maglev_bytes, maglev_ids, read_ranges};
 use super::loader::MapSizes;
 use super::{
     ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
@@ -47,12 +48,13 @@ impl MemoryMaps {
         match table {
             "settings" => 1,
             "drops" => kinesin_abi::DROP_SLOTS,
+            "counts" => FLOW_COUNTS,
             _ => self.sizes.of(table).unwrap_or(0),
         }
     }
 
     fn is_array(table: &str) -> bool {
-        matches!(table, "slots" | "backends" | "settings" | "drops")
+        matches!(table, "slots" | "backends" | "settings" | "drops" | "counts")
     }
 
     fn failed(&self, table: &'static str, action: &'static str, source: io::Error) -> MapError {
@@ -118,6 +120,32 @@ impl MemoryMaps {
         let tables = self.lock();
         let value = tables.get("drops").and_then(|entries| entries.get(bytes_of(&slot)));
         value.map(|value| dump::sum(value)).unwrap_or_default()
+    }
+}
+
+impl Flows for MemoryMaps {
+    fn scan(
+        &self,
+        table: &'static str,
+        each: &mut dyn FnMut(FlowKey, FlowValue) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        self.all(table).into_iter().try_for_each(|(key, value)| each(key, value))
+    }
+
+    fn get(&self, table: &'static str, key: &FlowKey) -> Result<Option<FlowValue>, MapError> {
+        let tables = self.lock();
+        let value = tables.get(table).and_then(|entries| entries.get(bytes_of(key)));
+        Ok(value.and_then(|value| from_bytes(value)))
+    }
+
+    fn remove(&self, table: &'static str, key: &FlowKey) -> Result<bool, MapError> {
+        Ok(self.remove(table, bytes_of(key)))
+    }
+
+    fn backend(&self, id: BackendId) -> Result<Option<Backend>, MapError> {
+        let tables = self.lock();
+        let value = tables.get("backends").and_then(|entries| entries.get(bytes_of(&id)));
+        Ok(value.and_then(|value| from_bytes(value)))
     }
 }
 
@@ -192,10 +220,34 @@ impl MapStore for MemoryMaps {
         Ok([Direction::Ingress, Direction::Egress].map(|way| (way, self.counter(drop_slot(0, way)))))
     }
 
-    fn remove_flows_to(&self, backends: &[(Addr, Be16, u8)]) -> Result<usize, MapError> {
-        let flows: Vec<(FlowKey, FlowValue)> = self.all("flows");
-        let gone = flows.iter().filter(|(key, value)| flow_to(key, value, backends));
-        Ok(gone.filter(|(key, _)| self.remove("flows", bytes_of(key))).count())
+    fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {
+        collect::pass(self, timeouts, now)
+    }
+
+    fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError> {
+        let tables = self.lock();
+        let of = |what: FlowCount| {
+            let value = tables.get("counts").and_then(|entries| entries.get(bytes_of(&(what as u32))));
+            value.map_or(0, |value| dump::total(value))
+        };
+        Ok(FlowCount::ALL.map(of))
+    }
+
+    fn flow_sizes(&self) -> (u32, u32) {
+        (self.sizes.flows, self.sizes.transient)
+    }
+
+    fn sockets(&self) -> Result<Vec<(SocketKey, SocketValue)>, MapError> {
+        Ok(self.all("sockets"))
+    }
+
+    fn socket(&self, key: &SocketKey) -> Result<Option<SocketValue>, MapError> {
+        Ok(self.sockets()?.into_iter().find(|(known, _)| known == key).map(|(_, value)| value))
+    }
+
+    fn forget_socket(&self, key: &SocketKey) -> Result<(), MapError> {
+        self.remove("sockets", bytes_of(key));
+        Ok(())
     }
 
     fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError> {

@@ -9,6 +9,7 @@
 mod attach;
 mod batch;
 mod clsact;
+mod collect;
 mod dump;
 mod hooks;
 mod inner;
@@ -16,32 +17,39 @@ mod kernel;
 mod loader;
 mod meaning;
 mod memory;
+mod moving;
 mod pin;
 mod sys;
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-use kinesin_abi::{Addr, Be16, DeviceValue, Direction, DropCounter, DropReason, L2Key, L2Value, Settings};
+use kinesin_abi::{
+    DeviceValue, Direction, DropCounter, DropReason, FlowCount, L2Key, L2Value, Settings, SocketKey, SocketValue,
+    Timeouts,
+};
 use kinesin_core::plan::{Actual, Op};
 use serde::Serialize;
 
 pub use attach::{Attachment, DeviceHooks, HookStatus, pinned_hooks};
+pub use collect::Collected;
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub(crate) use kernel::maglev_ids;
 pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
 pub use meaning::meaning_rows;
 pub use memory::MemoryMaps;
+pub use moving::Moving;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 13] = [
+pub const TABLES: [&str; 15] = [
     "frontends",
     "slots",
     "backends",
     "maglev",
     "flows",
+    "transient",
     "fragments",
     "sockets",
     "affinity",
@@ -50,6 +58,7 @@ pub const TABLES: [&str; 13] = [
     "devices",
     "settings",
     "drops",
+    "counts",
 ];
 
 /// A table could not be read or written.
@@ -141,9 +150,21 @@ pub trait MapStore: Send + Sync + 'static {
     /// Packets translated and passed on, by direction, summed over the CPUs.
     fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError>;
 
-    /// Forgets connectionless flows (UDP) to these backends, so that the next packet chooses anew; returns how many
-    /// entries there were.
-    fn remove_flows_to(&self, backends: &[(Addr, Be16, u8)]) -> Result<usize, MapError>;
+    /// Goes through the connections once and removes those that have been silent for longer than they may; `now` is
+    /// CLOCK_MONOTONIC in nanoseconds. Reads in chunks, holds no lock, and writes only what goes.
+    fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError>;
+    /// What has happened to connections since the maps were made, summed over the CPUs, in the order of
+    /// [`FlowCount::ALL`].
+    fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError>;
+    /// Most entries of the tables of established and of other connections.
+    fn flow_sizes(&self) -> (u32, u32);
+
+    /// The translated sockets.
+    fn sockets(&self) -> Result<Vec<(SocketKey, SocketValue)>, MapError>;
+    /// What one socket asked for when it was led to this backend, if our programs led it there.
+    fn socket(&self, key: &SocketKey) -> Result<Option<SocketValue>, MapError>;
+    /// Forgets a socket; a missing entry is no error.
+    fn forget_socket(&self, key: &SocketKey) -> Result<(), MapError>;
 
     /// All elements of a table, for people, in order of their keys.
     fn dump_raw(&self, table: &str) -> Result<Vec<(String, String)>, TableError>;
@@ -198,6 +219,8 @@ pub(crate) fn hint(table: &str, error: &io::Error, entries: u32) -> String {
         "frontends" | "slots" | "backends" | "maglev" | "ranges" if full => {
             format!("; the table holds {entries} entries: raise bpf-lb-map-max")
         }
+        "flows" if full => format!("; the table holds {entries} entries: raise bpf-ct-global-tcp-max"),
+        "transient" if full => format!("; the table holds {entries} entries: raise bpf-ct-global-any-max"),
         _ if full => format!("; the table holds {entries} entries"),
         _ => String::new(),
     }

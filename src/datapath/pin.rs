@@ -163,8 +163,8 @@ fn inner_value_size(outer: &OwnedFd) -> io::Result<Option<u32>> {
 }
 
 /// Copies what fits from a map of another shape; returns (kept, lost).
-pub(crate) fn copy(from: OwnedFd, to: OwnedFd, cpus: usize, maps: bool) -> io::Result<(usize, usize)> {
-    let (from, to) = (Table::new(from, cpus)?, Table::new(to, cpus)?);
+pub(crate) fn copy(from: &OwnedFd, to: &OwnedFd, cpus: usize, maps: bool) -> io::Result<(usize, usize)> {
+    let (from, to) = (Table::new(from.try_clone()?, cpus)?, Table::new(to.try_clone()?, cpus)?);
     let (mut keys, mut values, mut count) = (Vec::new(), Vec::new(), 0usize);
     from.scan(|key, value| {
         // Elements of arrays always exist; those never written are zero in the new one too.
@@ -189,6 +189,16 @@ pub(crate) fn copy(from: OwnedFd, to: OwnedFd, cpus: usize, maps: bool) -> io::R
         }
     }
     Ok((kept, count - kept))
+}
+
+/// Copies the fields that both layouts of the settings have; those that only the new one has stay zero, which means what
+/// was before.
+pub(crate) fn copy_settings(from: &OwnedFd, to: &OwnedFd) -> io::Result<(usize, usize)> {
+    let (from, to) = (Table::new(from.try_clone()?, 1)?, Table::new(to.try_clone()?, 1)?);
+    let Some(mut value) = from.get(&[0; 4])? else { return Ok((0, 0)) };
+    value.resize(to.value, 0);
+    to.put(&[0; 4], &value)?;
+    Ok((1, 0))
 }
 
 /// Inner maps move by reference: the tables themselves are shared.

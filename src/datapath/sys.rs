@@ -241,12 +241,25 @@ pub(crate) fn lookup(fd: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Re
     present(call(Command::Lookup, &mut attr))
 }
 
+/// Adds or replaces an element.
 pub(crate) fn update(fd: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    write(fd, key, value, 0)
+}
+
+/// Adds an element; EEXIST where there is one.
+pub(crate) fn insert(fd: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    /// `BPF_NOEXIST`
+    const NEW: u64 = 1;
+    write(fd, key, value, NEW)
+}
+
+fn write(fd: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
     let mut attr = ElementAttr {
         fd: fd.as_raw_fd() as u32,
+        pad: 0,
         key: key.as_ptr() as u64,
         value: value.as_ptr() as u64,
-        ..Default::default()
+        flags,
     };
     call(Command::Update, &mut attr).map(drop)
 }

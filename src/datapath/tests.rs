@@ -6,7 +6,10 @@ use std::os::fd::AsFd;
 
 use aya::maps::MapData;
 use aya_obj::generated::bpf_map_type::{self, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
-use kinesin_abi::{Addr, Be16, DeviceValue, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, L2Key, Settings, proto};
+use kinesin_abi::{
+    Addr, Be16, DeviceValue, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, L2Key, Settings, TCP_SEEN_ACK,
+    TCP_SEEN_REPLY, TCP_SEEN_RST, Timeouts, proto,
+};
 use kinesin_core::plan::Op;
 
 use super::batch::Table;
@@ -131,42 +134,76 @@ fn the_store_in_memory_is_full_where_the_kernel_would_be() {
     assert_eq!(maps.read().expect("actual").backends, [(2, backend)]);
 }
 
-#[test]
-fn flows_to_removed_backends_are_forgotten_in_both_directions() {
-    let maps = MemoryMaps::default();
+const SECOND: u64 = 1_000_000_000;
+const NOW: u64 = 100_000 * SECOND;
+
+/// Both entries of a connection: from a client to a service, from its backend back, each silent for so many seconds.
+fn connect(maps: &MemoryMaps, table: &str, client: u8, tcp: Option<u8>, silent: (u64, u64)) {
     let end = |last: u8, port| (Addr::from(std::net::Ipv4Addr::new(10, 0, 0, last)), Be16::new(port));
-    let (client, service, pod) = (end(1, 1000), end(2, 80), end(3, 8080));
-    for protocol in [proto::UDP, proto::TCP] {
-        let key = |(src, sport): (Addr, Be16), (dst, dport): (Addr, Be16)| FlowKey {
-            src,
-            dst,
-            sport,
-            dport,
-            proto: protocol,
-            pad: [0; 3],
-        };
-        let forward = FlowValue { src: client.0, sport: client.1, dst: pod.0, dport: pod.1, ..FlowValue::default() };
-        let reply = FlowValue {
-            src: service.0,
-            sport: service.1,
-            dst: client.0,
-            dport: client.1,
-            flags: FLOW_REPLY,
-            ..FlowValue::default()
-        };
-        maps.raw_put("flows", bytes_of(&key(client, service)), bytes_of(&forward)).expect("written");
-        maps.raw_put("flows", bytes_of(&key(pod, client)), bytes_of(&reply)).expect("written");
+    let (client, service, pod) = (end(client, 1000), end(2, 80), end(3, 8080));
+    let protocol = if tcp.is_some() { proto::TCP } else { proto::UDP };
+    let key = |from: (Addr, Be16), to: (Addr, Be16)| FlowKey {
+        src: from.0,
+        dst: to.0,
+        sport: from.1,
+        dport: to.1,
+        proto: protocol,
+        pad: [0; 3],
+    };
+    let value = |from: (Addr, Be16), to: (Addr, Be16), flags, silent| FlowValue {
+        src: from.0,
+        dst: to.0,
+        sport: from.1,
+        dport: to.1,
+        flags,
+        tcp: tcp.unwrap_or_default(),
+        backend: 1,
+        last_seen: NOW - silent * SECOND,
+        ..FlowValue::default()
+    };
+    let forward = (key(client, service), value(client, pod, 0, silent.0));
+    let reply = (key(pod, client), value(service, client, FLOW_REPLY, silent.1));
+    for (key, value) in [forward, reply] {
+        maps.raw_put(table, bytes_of(&key), bytes_of(&value)).expect("written");
     }
-    let gone = [(pod.0, pod.1, proto::UDP), (pod.0, pod.1, proto::TCP)];
-    assert_eq!(maps.remove_flows_to(&gone).expect("forgotten"), 2);
-    assert_eq!(maps.remove_flows_to(&gone).expect("forgotten"), 0);
-    assert_eq!(maps.dump_raw("flows").expect("readable").len(), 2);
+}
+
+#[test]
+fn connections_are_collected_when_both_directions_are_silent() {
+    const ESTABLISHED: Option<u8> = Some(TCP_SEEN_REPLY | TCP_SEEN_ACK);
+    let maps = MemoryMaps::default();
+    let pod = kinesin_abi::Backend {
+        addr: std::net::Ipv4Addr::new(10, 0, 0, 3).into(),
+        port: Be16::new(8080),
+        proto: proto::TCP,
+        state: 1,
+        flags: 0,
+    };
+    maps.apply(&[Op::Backend(1, pod)]).expect("written");
+    connect(&maps, "flows", 10, ESTABLISHED, (8001, 7000));
+    connect(&maps, "flows", 11, ESTABLISHED, (9000, 8001));
+    connect(&maps, "flows", 12, ESTABLISHED, (61, 61));
+    connect(&maps, "transient", 13, None, (0, 3600));
+    connect(&maps, "transient", 14, None, (61, 61));
+    connect(&maps, "transient", 15, Some(0), (59, 59));
+    connect(&maps, "transient", 16, Some(TCP_SEEN_RST), (11, 11));
+    // What the last of the first table left behind when it moved, and one that is gone from there.
+    connect(&maps, "transient", 12, Some(TCP_SEEN_REPLY), (100, 100));
+    connect(&maps, "transient", 11, Some(TCP_SEEN_REPLY), (10, 10));
+    let collect = || maps.collect_flows(&Timeouts::DEFAULT, NOW).expect("collected");
+    let found = collect();
+    assert_eq!((found.settled.alive, found.settled.expired, found.copies), ([4, 0], [2, 0], 2));
+    assert_eq!((found.transient.alive, found.transient.expired), ([2, 2], [4, 2]));
+    assert_eq!(collect().settled.removed() + collect().transient.removed(), 0, "nothing twice");
+    // The backend leaves: what has been silent for longer than the grace period goes.
+    maps.apply(&[Op::Backend(1, kinesin_abi::Backend { state: 2, ..pod })]).expect("written");
+    assert_eq!(collect().settled.expired, [4, 0]);
 }
 
 #[test]
 fn unknown_tables_are_named_with_those_that_exist() {
     let error = MemoryMaps::default().dump_raw("flow").expect_err("there is none").to_string();
-    assert!(error.contains("\"flow\"") && error.contains("flows, sockets"), "{error}");
+    assert!(error.contains("\"flow\"") && error.contains("flows, transient, sockets"), "{error}");
 }
 
 #[test]

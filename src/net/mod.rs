@@ -13,6 +13,7 @@ pub mod netns;
 pub mod proc;
 mod route;
 pub mod rtnl;
+pub mod sock_diag;
 pub mod sysctl;
 
 use std::io;

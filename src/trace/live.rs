@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     AffinityKey, AffinityValue, Backend, BackendId, BackendState, DeviceValue, FlowKey, FlowValue, FrontendKey,
-    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SourceRangeKey,
+    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SourceRangeKey, proto,
 };
 use kinesin_core::trace::{Attached, Hook, Hop, RouteQuery, View};
 use tokio::runtime::Handle;
@@ -91,7 +91,14 @@ impl View for Live {
     }
 
     fn flow(&self, key: &FlowKey) -> Result<Option<FlowValue>, TraceError> {
-        self.get("flows", key)
+        Ok(match self.get("flows", key)?.filter(|_| key.proto == proto::TCP) {
+            None => self.get("transient", key)?,
+            found => found,
+        })
+    }
+
+    fn settled(&self, key: &FlowKey) -> Result<bool, TraceError> {
+        Ok(key.proto == proto::TCP && self.store.raw_get("flows", bytes_of(key))?.is_some())
     }
 
     fn affinity(&self, key: &AffinityKey) -> Result<Option<AffinityValue>, TraceError> {

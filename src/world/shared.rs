@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kinesin_core::devices::Device;
 use kinesin_core::objects::{Condition, ObjectKey};
@@ -49,6 +50,25 @@ impl PartialEq for MapsHandle {
     fn eq(&self, other: &Self) -> bool {
         self.generation == other.generation && self.hooks == other.hooks && self.limits == other.limits
     }
+}
+
+/// Connections that the programs know, as of the last pass over them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Connections {
+    /// Entries of established TCP connections, two for each.
+    pub settled: u64,
+    /// Entries of other flows.
+    pub transient: u64,
+    /// Entries removed since the agent started because they had expired.
+    pub expired: u64,
+    /// Transient entries that the kernel forgot to make room, since the maps were made.
+    pub forgotten: u64,
+    /// How often an established connection found no room among its like, since the maps were made.
+    pub unsettled: u64,
+    /// When the pass ended; none before the first.
+    pub looked: Option<Instant>,
+    /// How long it took.
+    pub took: Duration,
 }
 
 /// Who has the cluster-wide duties.

@@ -26,7 +26,7 @@ fn tamper(maps: &KernelMaps, table: &'static str, rng: &mut StdRng) {
         "maglev" => (4, 65_536),
         "l2" => (20, 8),
         "devices" => (4, 28),
-        "settings" => (4, 32),
+        "settings" => (4, 56),
         other => panic!("{other} is not tampered with"),
     };
     let is_array = matches!(table, "slots" | "backends" | "settings");
@@ -75,7 +75,7 @@ async fn maps_that_somebody_changes_at_random_come_back_to_what_they_were() {
         for table in VERIFIED {
             tamper(&maps, table, &mut rng);
         }
-        for table in ["flows", "sockets", "affinity"] {
+        for table in ["flows", "transient", "sockets", "affinity"] {
             litter(&maps, table, &mut rng);
         }
         eventually_or(&format!("round {round}: the maps are as before"), async || {

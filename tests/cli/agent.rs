@@ -9,8 +9,8 @@ use std::thread::JoinHandle;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use kinesin::admin::views::{
-    ConfigSummary, ConfigView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, NodeKind, NodeState,
-    Readiness, SourceView, StatusView, SyncView, TableView, TreeView, VipView,
+    ConfigSummary, ConfigView, ConnectionsView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, NodeKind,
+    NodeState, Readiness, SourceView, StatusView, SyncView, TableView, TreeView, VipView,
 };
 use kinesin::admin::{self, AdminSocket, Api, ApiError};
 use kinesin::config::{self, Inputs, ListenAddr};
@@ -81,6 +81,11 @@ impl Api for Sample {
                 SyncView { kind: "endpointslices".into(), complete: false, objects: 0 },
             ],
             maps: vec![MapView { name: "frontends".into(), used: 1, max: 4 }],
+            connections: ConnectionsView {
+                established: 12,
+                looked_seconds_ago: Some(30),
+                ..ConnectionsView::default()
+            },
             leader: Some("pi-2".into()),
             members: vec![MemberView { node: "pi-2".into(), state: "alive".into(), last_seen: None }],
             problems: vec!["service shop/web: no pool contains 10.9.9.9".into()],

@@ -174,11 +174,9 @@ fn a_later_fragment_opens_no_connection() {
         let mut rig = Rig::new();
         let fragments = cut(&udp((CLIENT, 61_500), (VIP, TO_REMOTE), &[1; 2000]), 1480, 7);
         rig.ingress(&fragments[0]);
-        for (key, _) in rig.maps.raw_entries("flows").unwrap() {
-            rig.maps.raw_delete("flows", &key).unwrap();
-        }
+        crate::flows::forget_all(&rig);
         rig.assert_dropped(&fragments[1], DropReason::FragmentNotFound);
-        assert_eq!(rig.maps.raw_entries("flows").unwrap().len(), 0);
+        assert_eq!(crate::flows::entries(&rig).len(), 0);
     });
 }
 

@@ -89,7 +89,7 @@ fn each_familys_programs_leave_the_other_family_alone() {
                 assert_eq!(rig.run(program, &packet), (NEXT, packet.clone()), "{program}");
             }
         }
-        assert_eq!(rig.maps.raw_entries("flows").unwrap().len(), 0);
+        assert_eq!(crate::flows::entries(&rig).len(), 0);
     });
 }
 

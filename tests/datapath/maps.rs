@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use aya::maps::{HashMap as AyaHash, MapData};
+use aya::maps::{Array as AyaArray, HashMap as AyaHash, MapData};
 use kinesin::datapath::{
     Datapath, LoadError, LoadOptions, MapSizes, MapStore, MemoryMaps, TABLES, detach_all, maps_dir,
 };
@@ -138,13 +138,14 @@ fn every_table_is_dumped_for_people() {
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
         find(
-            "flows",
+            "transient",
             "TCP 192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan",
         );
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
         find("settings", "reject-no-backend,answer-ping,fragments,fragments6 snat=61000-65000");
         find("drops", "ingress 0 Forwarded = 1 packets");
+        find("counts", "0 flows created = 2");
         let unknown = rig.maps.dump_raw("nonsense").unwrap_err().to_string();
         assert!(unknown.contains("nonsense") && unknown.contains("frontends"), "{unknown}");
         let usage = rig.maps.usage();
@@ -164,7 +165,7 @@ fn every_table_can_be_tampered_with() {
                 Some(entry) => entry.clone(),
                 None => {
                     let sizes = match table {
-                        "flows" => (40, 56),
+                        "flows" | "transient" => (40, 56),
                         "fragments" => (40, 16),
                         "sockets" => (32, 24),
                         "affinity" => (24, 16),
@@ -228,23 +229,27 @@ fn another_size_keeps_every_entry() {
             maglev: 128,
             flows: 8192,
             fragments: 128,
+            transient: 8192,
             sockets: 2048,
             affinity: 2048,
             ranges: 2048,
             l2: 128,
             devices: 32,
         };
-        let second = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
-        let names: BTreeSet<&str> = second.migrations().iter().map(|migration| migration.map.as_str()).collect();
-        assert_eq!(names.len(), 11, "{names:?}");
+        let mut second = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
+        let moved = second.take_moving().expect("tables of connections are moved").finish();
+        let all = second.migrations().iter().chain(&moved);
+        let names: BTreeSet<&str> = all.map(|migration| migration.map.as_str()).collect();
+        assert_eq!(names.len(), 12, "{names:?}");
         assert!(second.migrations().iter().all(|migration| migration.lost == 0), "{:?}", second.migrations());
         assert!(second.migrations()[0].difference.contains("max_entries"), "{:?}", second.migrations());
         assert!(sorted(second.maps().read().unwrap()) == before);
         assert_eq!(second.maps().read_l2().unwrap().len(), 1);
         // The next start finds them as they should be.
         drop(second);
-        let third = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
+        let mut third = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
         assert_eq!(third.migrations(), []);
+        assert!(third.take_moving().is_some_and(|moving| moving.is_empty()));
         assert!(sorted(third.maps().read().unwrap()) == before);
     });
 }
@@ -261,6 +266,24 @@ fn a_smaller_size_keeps_what_fits_and_says_what_is_lost() {
         let [migration] = second.migrations() else { panic!("{:?}", second.migrations()) };
         assert_eq!((migration.kept, migration.lost), (500, 524));
         assert_eq!(second.maps().read().unwrap().backends.len(), 499);
+    });
+}
+
+#[test]
+fn settings_of_an_earlier_layout_keep_what_both_know() {
+    isolated(|| {
+        let root = BpfRoot::new();
+        drop(loaded(&root));
+        std::fs::remove_file(pin(&root, "SETTINGS")).unwrap();
+        // As it was before the timeouts came.
+        let mut earlier: AyaArray<MapData, [u64; 4]> = AyaArray::create(1, 0).unwrap();
+        earlier.set(0, &[1, 2, 3 | 4 << 32 | 5 << 48, 6], 0).unwrap();
+        earlier.pin(pin(&root, "SETTINGS")).unwrap();
+        let datapath = loaded(&root);
+        let settings = datapath.maps().settings().unwrap();
+        assert_eq!((settings.alive_at, settings.alive_for, settings.flags), (1, 2, 3));
+        assert_eq!((settings.snat_min, settings.snat_max, settings.maglev_seed), (4, 5, 6));
+        assert_eq!(settings.timeouts, kinesin_abi::Timeouts::default());
     });
 }
 

@@ -13,7 +13,7 @@ use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendState, Be16, DEVICE_ETHERNET, DeviceValue, Direction, DropReason, FrontendKey,
     FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
     SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SetRef, Settings, SourceRange,
-    SourceRangeKey, frontend_flags, proto,
+    SourceRangeKey, Timeouts, frontend_flags, proto,
 };
 use kinesin_core::plan::Op;
 use nix::mount::MsFlags;
@@ -105,6 +105,7 @@ pub(crate) fn small() -> MapSizes {
         maglev: 64,
         flows: 4096,
         fragments: 64,
+        transient: 4096,
         sockets: 1024,
         affinity: 1024,
         ranges: 1024,
@@ -162,7 +163,7 @@ pub(crate) fn settings() -> Settings {
         snat_min: 61_000,
         snat_max: 65_000,
         maglev_seed: 7,
-        pad: 0,
+        timeouts: Timeouts::DEFAULT,
     }
 }
 
@@ -273,7 +274,7 @@ impl Rig {
         assert!(refused.is_empty(), "{refused:#?}");
         let maps = datapath.kernel_maps();
         let lan = ifindex(LAN);
-        let rig = Self { datapath, maps, lan, root: root };
+        let rig = Self { datapath, maps, lan, root };
         rig.maps.write_settings(&settings()).expect("settings");
         rig.maps.put_device(lan, &device()).expect("device");
         rig.maps.apply(&services()).expect("services");

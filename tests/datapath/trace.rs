@@ -296,7 +296,7 @@ fn what_a_trace_says_is_what_the_programs_do() {
 
 /// Ends some connections, ages others, and takes backends away.
 fn end_some(rig: &Rig, numbers: &mut Numbers) {
-    for (key, mut value) in rig.maps.raw_entries("flows").unwrap() {
+    for (key, mut value) in rig.maps.raw_entries("transient").unwrap() {
         const LAST_SEEN: usize = 0;
         const TCP: usize = 45;
         match numbers.below(6) {
@@ -305,7 +305,7 @@ fn end_some(rig: &Rig, numbers: &mut Numbers) {
             2 => value[LAST_SEEN..8].fill(0),
             _ => continue,
         }
-        rig.maps.raw_put("flows", &key, &value).unwrap();
+        rig.maps.raw_put("transient", &key, &value).unwrap();
     }
     // Of UDP, so that connections to it are over.
     let gone = FIRST_BACKEND + 1 + 2 * numbers.below(BACKENDS);

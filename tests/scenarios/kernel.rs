@@ -17,6 +17,8 @@ pub const SIZES: MapSizes = MapSizes {
     backends: 1024,
     maglev: 64,
     flows: 1024,
+    transient: 1024,
+    fragments: 64,
     sockets: 1024,
     fragments: 64,
     affinity: 1024,

@@ -1,32 +1,31 @@
 //! Connections, as `ebpf/programs/src/flows.rs` finds and opens them.
 
 use kinesin_abi::{
-    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, Settings, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
-    TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
+    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SLOT_EMPTY, SetRef, Settings,
+    TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
 };
 
 use super::{FlowDirection, Port, Step, Tracer, Tuple, View};
 
 const SECOND: u64 = 1_000_000_000;
-/// As in the programs.
-const QUIET: u64 = 60 * SECOND;
-const ESTABLISHED: u64 = 8000 * SECOND;
+/// How many members of a set the programs search for a backend.
+const SEARCHED: u32 = 256;
 
 /// How many ports of the range are looked at to see whether any is free.
 const SAMPLES: u32 = 256;
-
-fn closed(tcp: u8) -> bool {
-    const BOTH: u8 = TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY;
-    tcp & TCP_SEEN_RST != 0 || tcp & BOTH == BOTH
-}
 
 fn partner_key(flow: &FlowValue, proto: u8) -> FlowKey {
     FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto, pad: [0; 3] }
 }
 
 fn seen(tcp: u8) -> Vec<String> {
-    let names =
-        [(TCP_SEEN_REPLY, "answered"), (TCP_SEEN_FIN, "fin"), (TCP_SEEN_FIN_REPLY, "fin-reply"), (TCP_SEEN_RST, "rst")];
+    let names = [
+        (TCP_SEEN_REPLY, "answered"),
+        (TCP_SEEN_ACK, "established"),
+        (TCP_SEEN_FIN, "fin"),
+        (TCP_SEEN_FIN_REPLY, "fin-reply"),
+        (TCP_SEEN_RST, "rst"),
+    ];
     names.into_iter().filter(|(bit, _)| tcp & bit != 0).map(|(_, name)| name.into()).collect()
 }
 
@@ -42,10 +41,12 @@ impl<V: View> Tracer<'_, V> {
             self.say(Step::NoFlow);
             return Ok(None);
         };
-        let past = if self.packet.proto == proto::TCP {
-            closed(flow.tcp).then(|| "the connection is over, and a SYN begins another one".to_owned())
+        let past = if self.packet.proto == proto::TCP && tcp_closed(flow.tcp) {
+            Some("the connection is over, and a SYN begins another one".to_owned())
         } else if flow.flags & FLOW_REPLY == 0 && !self.serves(&flow)? {
             Some("its backend takes no packets any more".to_owned())
+        } else if flow.flags & FLOW_REPLY == 0 && self.packet.proto != proto::TCP && !self.is_member(&flow)? {
+            Some("its service does not have its backend any more".to_owned())
         } else {
             None
         };
@@ -63,7 +64,25 @@ impl<V: View> Tracer<'_, V> {
         Ok(living.then_some(flow))
     }
 
-    /// Whether the backend of a connectionless flow still takes packets.
+    /// Whether the backend of a connectionless flow is still one of its service's, where the flow last found it or
+    /// elsewhere.
+    fn is_member(&self, flow: &FlowValue) -> Result<bool, V::Error> {
+        let first = |set: SetRef| SetRef { count: set.count.min(SEARCHED), ..set };
+        if flow.slot != SLOT_EMPTY && self.view.slots(SetRef { base: flow.slot, count: 1 })? == [flow.backend] {
+            return Ok(true);
+        }
+        let key = self.packet.key();
+        let key = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, pad: 0 };
+        let Some(frontend) = self.view.frontend(&key)? else { return Ok(false) };
+        let backend = self.view.backend(flow.backend)?;
+        let leaving = backend.is_some_and(|backend| backend.state == BackendState::Terminating as u8);
+        Ok(leaving
+            || self.view.slots(first(frontend.external))?.contains(&flow.backend)
+            || self.view.slots(first(frontend.internal))?.contains(&flow.backend)
+            || frontend.external.count > SEARCHED)
+    }
+
+    /// Whether the backend of a flow still takes packets.
     fn serves(&self, flow: &FlowValue) -> Result<bool, V::Error> {
         let takes = |backend: &Backend| {
             backend.addr == flow.dst
@@ -100,7 +119,7 @@ impl<V: View> Tracer<'_, V> {
             let Some(holder) = self.view.flow(&key(port))? else { return Ok(true) };
             let same = (holder.src, holder.dst, holder.sport, holder.dport)
                 == (client.dst, client.src, client.dport, client.sport);
-            Ok(same || self.abandoned(&holder, pressed)?)
+            Ok(same || self.abandoned(&key(port), &holder, pressed)?)
         };
         if own_fits && free(self.packet.sport, false)? {
             return Ok(Some(Port::only(self.packet.sport)));
@@ -121,13 +140,12 @@ impl<V: View> Tracer<'_, V> {
     }
 
     /// Whether the connection of a reply entry is over, or has been silent for longer than it may.
-    fn abandoned(&self, reply: &FlowValue, pressed: bool) -> Result<bool, V::Error> {
-        let over = closed(reply.tcp);
-        if over && pressed {
+    fn abandoned(&self, key: &FlowKey, reply: &FlowValue, pressed: bool) -> Result<bool, V::Error> {
+        if tcp_closed(reply.tcp) && pressed {
             return Ok(true);
         }
-        let tcp = self.packet.proto == proto::TCP;
-        let quiet = if tcp && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
+        let timeouts = self.view.settings()?.timeouts;
+        let quiet = u64::from(timeouts.of(key.proto, reply.flags, reply.tcp, self.view.settled(key)?)) * SECOND;
         let silent = |last: u64| self.view.now().saturating_sub(last) > quiet;
         if !silent(reply.last_seen) {
             return Ok(false);

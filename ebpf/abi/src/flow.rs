@@ -43,8 +43,9 @@ pub struct FlowValue {
     pub pad: [u8; 2],
     /// The backend chosen; checked against the backends array for connectionless protocols.
     pub backend: BackendId,
-    /// Zero.
-    pub pad2: u32,
+    /// Where the client's direction of a connectionless flow last found its backend among the members of its service; 0
+    /// before the first look.
+    pub slot: u32,
 }
 
 /// This entry is of the backend's direction.
@@ -63,6 +64,112 @@ pub const TCP_SEEN_FIN_REPLY: u8 = 2;
 pub const TCP_SEEN_RST: u8 = 4;
 /// The backend has answered.
 pub const TCP_SEEN_REPLY: u8 = 8;
+/// The client has gone on after that: the connection is established, and nobody made it up who cannot see the answers.
+pub const TCP_SEEN_ACK: u8 = 16;
+
+/// Whether a TCP connection is over: reset, or closed from both sides.
+#[inline(always)]
+pub const fn tcp_closed(tcp: u8) -> bool {
+    const BOTH: u8 = TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY;
+    tcp & TCP_SEEN_RST != 0 || tcp & BOTH == BOTH
+}
+
+/// For how many seconds of silence connections are kept (the `bpf-ct-timeout-*` keys). 0 stands for the default of
+/// [`Timeouts::DEFAULT`], so that settings that nobody has written yet end no connection.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Timeouts {
+    /// Established TCP connections of services (`bpf-ct-timeout-service-tcp`).
+    pub service_tcp: u32,
+    /// Connectionless flows of services (`bpf-ct-timeout-service-any`).
+    pub service_any: u32,
+    /// A limit on `service_tcp` where the source address is translated too (`bpf-ct-timeout-regular-tcp`).
+    pub regular_tcp: u32,
+    /// The same for `service_any` (`bpf-ct-timeout-regular-any`).
+    pub regular_any: u32,
+    /// TCP connections that are not established yet (`bpf-ct-timeout-regular-tcp-syn`).
+    pub syn: u32,
+    /// TCP connections that are over (`bpf-ct-timeout-regular-tcp-fin`).
+    pub fin: u32,
+    /// Established TCP connections whose backend takes no new ones, or is gone (`bpf-ct-timeout-service-tcp-grace`).
+    pub grace: u32,
+}
+
+impl Timeouts {
+    /// The documented defaults.
+    pub const DEFAULT: Self =
+        Self { service_tcp: 8000, service_any: 60, regular_tcp: 8000, regular_any: 60, syn: 60, fin: 10, grace: 60 };
+
+    /// How many seconds of silence end a connection, by its protocol number, its [`FlowValue::flags`] and its
+    /// [`FlowValue::tcp`]. In the table of established connections (`settled`) an answer is proof enough.
+    #[inline(always)]
+    pub const fn of(&self, protocol: u8, flags: u8, tcp: u8, settled: bool) -> u32 {
+        const D: Timeouts = Timeouts::DEFAULT;
+        let translated = flags & FLOW_REDIRECT != 0;
+        if protocol != crate::proto::TCP {
+            return lesser(or(self.service_any, D.service_any), or(self.regular_any, D.regular_any), translated);
+        }
+        if tcp_closed(tcp) {
+            return or(self.fin, D.fin);
+        }
+        if tcp & TCP_SEEN_ACK == 0 && (!settled || tcp & TCP_SEEN_REPLY == 0) {
+            return or(self.syn, D.syn);
+        }
+        lesser(or(self.service_tcp, D.service_tcp), or(self.regular_tcp, D.regular_tcp), translated)
+    }
+
+    /// The limit for established connections to a backend that takes no new ones.
+    #[inline(always)]
+    pub const fn leaving(&self) -> u32 {
+        or(self.grace, Self::DEFAULT.grace)
+    }
+}
+
+#[inline(always)]
+const fn or(value: u32, default: u32) -> u32 {
+    if value == 0 { default } else { value }
+}
+
+/// The first, or the lesser of both where `limited`.
+#[inline(always)]
+const fn lesser(first: u32, second: u32, limited: bool) -> u32 {
+    if limited && second < first { second } else { first }
+}
+
+/// Elements of the counts array: what happens to connections, per CPU.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum FlowCount {
+    /// Entries that the programs have added to the table of transient flows.
+    Created = 0,
+    /// Entries that the programs have removed from it.
+    Removed = 1,
+    /// Entries that the agent has removed from it; written by the agent alone.
+    Collected = 2,
+    /// Established connections, per direction, that moved to the table of those.
+    Settled = 3,
+    /// Times that one did not, because that table is full; tried again once a second per connection with traffic.
+    Unsettled = 4,
+}
+
+impl FlowCount {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Created, Self::Removed, Self::Collected, Self::Settled, Self::Unsettled];
+
+    /// The name that the command line shows.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Created => "flows created",
+            Self::Removed => "flows removed",
+            Self::Collected => "flows collected",
+            Self::Settled => "flows settled",
+            Self::Unsettled => "flows not settled",
+        }
+    }
+}
+
+/// Number of elements of the counts array; some are left for later.
+pub const FLOW_COUNTS: u32 = 16;
 
 /// Key of the sockets map: a translated socket and the backend that it really talks to.
 #[repr(C)]

@@ -4,8 +4,8 @@
 //! wire order behind newtypes, so that neither side can mix byte orders up. IPv4 addresses are stored IPv4-mapped
 //! (RFC 4291 section 2.5.5.2), so that one key serves both families.
 //!
-//! Deliberately absent: `Option`, `bool`, enums with data, `usize`, and logic other than the hash that nodes must agree on. A change of any layout here needs a new
-//! [`ABI_VERSION`] and a migration in `src/datapath`.
+//! Deliberately absent: `Option`, `bool`, enums with data, `usize`, and logic other than what both sides must agree on. A
+//! change of any layout here needs a new [`ABI_VERSION`] and a migration in `src/datapath`; only [`Settings`] may grow.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 mod addr;
@@ -21,8 +21,9 @@ pub use addr::{Addr, Be16};
 pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
-    FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey, FlowValue, FragmentKey, FragmentValue, SocketKey, SocketValue,
-    TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    FLOW_COUNTS, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, Timeouts,
+    tcp_closed,
 };
 pub use hash::maglev_index;
 pub use range::{

@@ -1,6 +1,6 @@
 //! What the agent tells the programs about the node, its devices and its addresses on the LAN.
 
-use crate::Addr;
+use crate::{Addr, Timeouts};
 
 /// Number of entries of a Maglev table (prime; the default of `bpf-lb-maglev-table-size`).
 pub const MAGLEV_TABLE_SIZE: u32 = 16_381;
@@ -16,7 +16,8 @@ pub struct MaglevTable {
     pub ids: [crate::BackendId; MAGLEV_TABLE_WORDS],
 }
 
-/// The only element of the settings array; written by the agent while the programs run.
+/// The only element of the settings array; written by the agent while the programs run. Fields are only ever added at the
+/// end, where zero means what was before: so a start with another layout keeps what both know.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Settings {
@@ -32,8 +33,8 @@ pub struct Settings {
     pub snat_max: u16,
     /// Seed of the hash that indexes Maglev tables (behaviour of `bpf-lb-maglev-hash-seed`).
     pub maglev_seed: u32,
-    /// Zero.
-    pub pad: u32,
+    /// For how long silent connections are kept.
+    pub timeouts: Timeouts,
 }
 
 /// Answer packets to a frontend without backends with ICMP port unreachable instead of silence.
@@ -83,4 +84,4 @@ pub struct L2Value {
     pub responses_sent: u64,
 }
 
-crate::pod! { MaglevTable = 65536, Settings = 32, DeviceValue = 28, L2Key = 20, L2Value = 8 }
+crate::pod! { MaglevTable = 65536, Settings = 56, DeviceValue = 28, L2Key = 20, L2Value = 8 }

@@ -15,7 +15,7 @@ use crate::{
 
 /// How many members are searched for a backend that is not where it was. In a larger set the client of a backend that
 /// moved beyond it is given another one.
-const SEARCHED: u32 = 256;
+pub const SEARCHED: u32 = 256;
 
 /// The backend that the client is bound to, if any; renews the bond.
 #[inline(always)]
@@ -55,7 +55,7 @@ fn holds(set: SetRef, position: u32, id: BackendId) -> bool {
 /// Written for the verifier, which would otherwise follow each step to the end of the program anew: a function of its
 /// own, whose outcome is one of two numbers, with the position in memory that it does not look into.
 #[inline(never)]
-fn search(base: u32, count: u32, id: BackendId, found: &mut u32) -> u32 {
+pub fn search(base: u32, count: u32, id: BackendId, found: &mut u32) -> u32 {
     for position in 0..SEARCHED {
         let Some(&member) = SLOTS.get(base.wrapping_add(position)) else { return 0 };
         if member == id {

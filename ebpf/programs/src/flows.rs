@@ -1,42 +1,46 @@
 //! Connections. Each has an entry per direction, so that client packets and replies take one lookup and one rewrite.
 //!
-//! There is no collector: the map forgets the oldest, and entries of connections that are over are taken over where
-//! their source port is wanted.
+//! There are two tables. Established TCP connections are in `FLOWS`, which forgets nothing to make room; everything else
+//! is in `TRANSIENT`, which forgets the oldest: so whoever opens connections without end harms those that are not
+//! established, and works without an agent. A connection moves to the first when its client goes on after the
+//! backend's answer, and stays in the second while the first is full. The copy left behind goes a second later, when
+//! no CPU can be between the two lookups any more.
+//!
+//! Deliberately absent: looking for entries that have expired, which is the agent's. Those in the way of a new
+//! connection are taken over here.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use kinesin_abi::{
-    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowKey,
-    FlowValue, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
+    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount,
+    FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, Timeouts, proto,
+    tcp_closed,
 };
 
 use crate::{
-    lookup,
-    maps::FLOWS,
+    affinity, lookup,
+    maps::{COUNTS, FLOW, FLOWS, FLOWS_OLD, SLOTS, TRANSIENT, TRANSIENT_OLD},
     packet::{Packet, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
 const SECOND: u64 = 1_000_000_000;
 /// How stale `last_seen` may get: writing it for each packet would move its cache line between CPUs.
 const FRESH: u64 = SECOND;
-/// After this much silence a connection's source port may be taken over: closed, never answered, or UDP.
-const QUIET: u64 = 60 * SECOND;
-/// The same for an established TCP connection (the default of `bpf-ct-timeout-service-tcp`).
-const ESTABLISHED: u64 = 8000 * SECOND;
-/// Source ports tried for a new connection, twice: sparing connections that have just closed, then not.
+/// Random source ports tried for a new connection: such as nobody has, then those of connections that have expired or are
+/// over.
 const ATTEMPTS: u32 = 16;
+const PRESSED_ATTEMPTS: u32 = 8;
 
-/// The entry for the packet's tuple, unless it belongs to the past.
+/// A copy of the entry for the packet's tuple, unless it belongs to the past.
 #[inline(always)]
 pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
-    let flow = FLOWS.get_ptr_mut(&packet.flow)?;
-    // SAFETY: points into the map; other CPUs write only `last_seen` and `tcp` meanwhile, which are advisory.
-    let flow = unsafe { &mut *flow };
-    // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client has
-    // opened to the pod itself, from a port that it once reached it from through us.
+    let flow = copy_of(&packet.flow)?;
     let past = if packet.flow.proto == proto::TCP {
-        packet.tcp & TCP_SYN != 0 && closed(flow.tcp)
+        // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client
+        // has opened to the pod itself, from a port that it once reached it from through us. So does one to a backend
+        // that is gone.
+        packet.tcp & TCP_SYN != 0 && (tcp_closed(flow.tcp) || flow.flags & FLOW_REPLY == 0 && !serves(flow))
     } else {
-        flow.flags & FLOW_REPLY == 0 && !serves(flow)
+        flow.flags & FLOW_REPLY == 0 && member(&packet.flow, flow) == 0
     };
     if past { None } else { Some(flow) }
 }
@@ -45,11 +49,61 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
 /// refresh nor end a connection (RFC 5508 section 4.2.3).
 #[inline(always)]
 pub fn related(key: &FlowKey) -> Option<&'static FlowValue> {
-    // SAFETY: points into the map; other CPUs write only `last_seen` and `tcp` meanwhile.
-    FLOWS.get_ptr_mut(key).map(|flow| unsafe { &*flow })
+    copy_of(key).map(|flow| &*flow)
 }
 
-/// Whether the backend that a connectionless flow was given still exists and takes packets.
+/// The entry of a tuple in this CPU's memory. A copy, because of what comes from one of several tables the verifier would
+/// follow the rest of the program once for each.
+#[inline(always)]
+fn copy_of(key: &FlowKey) -> Option<&'static mut FlowValue> {
+    // SAFETY: hooks run to their end on one CPU without another hook in between, so nobody else has it.
+    let flow = FLOW.get_ptr_mut(0).map(|flow| unsafe { &mut *flow })?;
+    if fetch(key, flow) == ABSENT { None } else { Some(flow) }
+}
+
+// Where an entry was found. Plain numbers, so that all ways out of a function look the same to the verifier.
+const ABSENT: u32 = 0;
+/// In the table of established connections.
+const SETTLED: u32 = 1;
+const PASSING: u32 = 2;
+/// In a table that is being replaced.
+const MOVING: u32 = 3;
+
+/// Copies the entry of a tuple.
+#[inline(never)]
+fn fetch(key: &FlowKey, into: &mut FlowValue) -> u32 {
+    if key.proto == proto::TCP
+        && let Some(flow) = FLOWS.get_ptr_mut(key)
+    {
+        // SAFETY: points into the map; other CPUs write only `last_seen` and `tcp` meanwhile, which are advisory.
+        *into = unsafe { *flow };
+        return SETTLED;
+    }
+    if let Some(flow) = TRANSIENT.get_ptr_mut(key) {
+        // SAFETY: as above; they also write `slot`, which is a hint.
+        *into = unsafe { *flow };
+        return PASSING;
+    }
+    fetch_old(key, into)
+}
+
+/// Copies an entry of the tables that are being replaced, if they are. The agent moves it; a packet that changes it
+/// writes it to the new table itself.
+#[inline(never)]
+fn fetch_old(key: &FlowKey, into: &mut FlowValue) -> u32 {
+    let found = match FLOWS_OLD.get_value_ptr_mut(0, key) {
+        None => TRANSIENT_OLD.get_value_ptr_mut(0, key),
+        found => found,
+    };
+    let Some(flow) = found else { return ABSENT };
+    // SAFETY: points into the old map, which lives as long as this program runs; nobody writes but `last_seen` and `tcp`.
+    *into = unsafe { *flow };
+    // Stale, so that its next packet is noted in the new table.
+    into.last_seen = 0;
+    MOVING
+}
+
+/// Whether the backend that a flow was given still exists and takes packets.
 #[inline(always)]
 fn serves(flow: &FlowValue) -> bool {
     let Some(backend) = lookup::backend(flow.backend) else { return false };
@@ -58,10 +112,43 @@ fn serves(flow: &FlowValue) -> bool {
         && (backend.state == BackendState::Active as u8 || backend.state == BackendState::Terminating as u8)
 }
 
-#[inline(always)]
-fn closed(tcp: u8) -> bool {
-    const BOTH: u8 = TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY;
-    tcp & TCP_SEEN_RST != 0 || tcp & BOTH == BOTH
+/// Whether the service that the client of a connectionless flow talks to still exists, and the backend is still one of
+/// its own. One array lookup, but for the first packet after the members around it have changed.
+#[inline(never)]
+fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
+    let Some(backend) = lookup::backend(flow.backend) else { return 0 };
+    let active = backend.state == BackendState::Active as u8;
+    if !active && backend.state != BackendState::Terminating as u8
+        || backend.addr != flow.dst
+        || backend.port != flow.dport
+    {
+        return 0;
+    }
+    // Slots that no service has are empty.
+    if SLOTS.get(flow.slot) == Some(&flow.backend) {
+        return 1;
+    }
+    let Some(frontend) = lookup::frontend_exact(key.dst, key.dport, key.proto) else { return 0 };
+    // It takes no new flows and may be among no members, but keeps those that it has.
+    if !active {
+        return 1;
+    }
+    let (outside, inside) = (frontend.external, frontend.internal);
+    // The position goes to memory that the verifier does not look into.
+    let base = if affinity::search(outside.base, outside.count, flow.backend, &mut flow.slot) != 0 {
+        outside.base
+    } else if affinity::search(inside.base, inside.count, flow.backend, &mut flow.slot) != 0 {
+        inside.base
+    } else {
+        // Further behind nobody has looked.
+        return (outside.count > affinity::SEARCHED) as u32;
+    };
+    flow.slot = base.wrapping_add(flow.slot);
+    if let Some(entry) = TRANSIENT.get_ptr_mut(key) {
+        // SAFETY: points into the map.
+        unsafe { (*entry).slot = flow.slot };
+    }
+    1
 }
 
 /// The key of the entry of the other direction, from that of this one. (Its padding comes along: three zero bytes would
@@ -84,7 +171,7 @@ fn partner(key: &FlowKey, flow: &FlowValue) -> FlowValue {
         tcp: flow.tcp,
         pad: [0; 2],
         backend: flow.backend,
-        pad2: 0,
+        slot: 0,
     }
 }
 
@@ -99,24 +186,74 @@ pub fn track(packet: &Packet, flow: &mut FlowValue) {
     if packet.tcp & TCP_RST != 0 {
         seen |= TCP_SEEN_RST;
     }
+    if !reply && packet.tcp & TCP_SYN == 0 && flow.tcp & TCP_SEEN_REPLY != 0 {
+        seen |= TCP_SEEN_ACK;
+    }
     let now = lookup::now();
     if seen & !flow.tcp != 0 || now.saturating_sub(flow.last_seen) > FRESH {
         note(&packet.flow, flow, seen, now);
     }
 }
 
-/// The rare part of [`track`]: also restores the other entry where the map has forgotten it.
+/// The rare part of [`track`]: also moves an established connection to where it is safe, and restores the other entry
+/// where a table has forgotten it.
 #[inline(never)]
 fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
     flow.last_seen = now;
     flow.tcp |= seen;
+    keep(key, flow, 1);
     let other = partner_key(flow, key);
-    if let Some(found) = FLOWS.get_ptr_mut(&other) {
-        // SAFETY: points into the map.
-        unsafe { (*found).tcp |= seen };
-    } else {
-        let value = partner(key, flow);
-        let _ = FLOWS.insert(&other, &value, BPF_NOEXIST as u64);
+    let value = partner(key, flow);
+    keep(&other, &value, 0);
+}
+
+/// Brings an entry up to date wherever it is, or adds it; its time only where this packet went its way.
+#[inline(never)]
+fn keep(key: &FlowKey, value: &FlowValue, mine: u32) -> u32 {
+    let settled = key.proto == proto::TCP && value.tcp & TCP_SEEN_ACK != 0;
+    if key.proto == proto::TCP
+        && let Some(entry) = FLOWS.get_ptr_mut(key)
+    {
+        // SAFETY: points into the map; what two CPUs write at once is advisory.
+        let entry = unsafe { &mut *entry };
+        // What is in there is older than what any CPU is about to look for: see the module's header.
+        if value.last_seen.saturating_sub(entry.last_seen) > FRESH && TRANSIENT.remove(key).is_ok() {
+            count(FlowCount::Removed);
+        }
+        entry.tcp |= value.tcp;
+        if mine != 0 {
+            entry.last_seen = value.last_seen;
+        }
+        return 0;
+    }
+    if settled {
+        if FLOWS.insert(key, value, BPF_NOEXIST as u64).is_ok() {
+            count(FlowCount::Settled);
+            return 0;
+        }
+        count(FlowCount::Unsettled);
+    }
+    if let Some(entry) = TRANSIENT.get_ptr_mut(key) {
+        // SAFETY: as above.
+        let entry = unsafe { &mut *entry };
+        entry.tcp |= value.tcp;
+        if mine != 0 {
+            entry.last_seen = value.last_seen;
+        }
+        return 0;
+    }
+    if TRANSIENT.insert(key, value, BPF_NOEXIST as u64).is_ok() {
+        count(FlowCount::Created);
+    }
+    0
+}
+
+/// Counts what happens to a connection.
+#[inline(always)]
+fn count(what: FlowCount) {
+    if let Some(counter) = COUNTS.get_ptr_mut(what as u32) {
+        // SAFETY: this CPU's own element.
+        unsafe { *counter += 1 };
     }
 }
 
@@ -153,7 +290,7 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
         tcp: 0,
         pad: [0; 2],
         backend: opening.id,
-        pad2: 0,
+        slot: 0,
     };
     let own = client.sport.get() as u32;
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
@@ -161,73 +298,137 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     let fixed = client.proto == proto::SCTP;
     let own_port_fits = fixed || !opening.redirect || (own >= min && own - min < span);
     let range = if fixed { 0 } else { min << 16 | span };
-    let own_port = if own_port_fits { OWN_PORT } else { 0 };
-    let mut result = allocate(client, &mut forward, range, own_port);
-    if result == OCCUPIED {
-        result = allocate(client, &mut forward, range, own_port | PRESSED);
-    }
+    let result = allocate(client, &mut forward, range, own_port_fits as u32);
     match result {
         TAKEN => {}
         OCCUPIED => return Err(DropReason::NoNatMapping),
         _ => return Err(DropReason::FlowInsertFailed),
     }
-    FLOWS.insert(client, &forward, BPF_ANY as u64).map_err(|_| DropReason::FlowInsertFailed)?;
+    if write(client, &forward, 1) != TAKEN {
+        return Err(DropReason::FlowInsertFailed);
+    }
     Ok(forward.sport)
 }
 
-// What a try to take a source port comes to. Plain numbers, so that all ways out of a function look the same to the
-// verifier.
+// What a try to take a source port comes to.
 const OCCUPIED: u32 = 0;
 const TAKEN: u32 = 1;
 const FAILED: u32 = 2;
 
-/// The client's own port will do.
-const OWN_PORT: u32 = 1;
-/// There is no other: take over connections that have just closed.
-const PRESSED: u32 = 2;
-
 /// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
-/// the first port and, in the lower half, how many there are; `how` is [`OWN_PORT`] and [`PRESSED`].
+/// the first port and, in the lower half, how many there are.
+///
+/// First the client's own port, then random ones that nobody has, and only when those are hard to find random ones of
+/// connections that are over or have expired: looking at holders is what the verifier takes longest for.
 #[inline(never)]
-fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, how: u32) -> u32 {
+fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
     let reply = partner(client, forward);
     let mut key = partner_key(forward, client);
     let (min, span) = (range >> 16, range & 0xffff);
-    for attempt in 0..ATTEMPTS {
-        if attempt > 0 || how & OWN_PORT == 0 {
-            if span == 0 {
-                return OCCUPIED;
-            }
-            key.dport = Be16::new((min + lookup::random_below(span)) as u16);
-        }
-        let result = take(&key, &reply, how & PRESSED);
-        if result != OCCUPIED {
-            forward.sport = key.dport;
-            return result;
-        }
+    let mut result = OCCUPIED;
+    if own_port_fits != 0 {
+        result = take(&key, &reply, (span == 0) as u32);
     }
-    OCCUPIED
+    let mut attempt = 0;
+    while result == OCCUPIED && attempt < ATTEMPTS && span != 0 {
+        key.dport = Be16::new((min + lookup::random_below(span)) as u16);
+        result = claim(&key, &reply);
+        attempt += 1;
+    }
+    attempt = 0;
+    while result == OCCUPIED && attempt < PRESSED_ATTEMPTS && span != 0 {
+        key.dport = Be16::new((min + lookup::random_below(span)) as u16);
+        result = take(&key, &reply, 1);
+        attempt += 1;
+    }
+    forward.sport = key.dport;
+    result
 }
 
 /// `EEXIST`, as helpers return it.
 const EXISTS: i32 = -17;
 
+/// Writes the entry of the backend's direction if nobody has it.
+#[inline(never)]
+fn claim(key: &FlowKey, reply: &FlowValue) -> u32 {
+    if key.proto == proto::TCP && FLOWS.get_ptr_mut(key).is_some() || old_has(key) != 0 {
+        return OCCUPIED;
+    }
+    write(key, reply, 0)
+}
+
 /// Writes the entry of the backend's direction unless a living connection of somebody else has it.
 #[inline(never)]
 fn take(key: &FlowKey, reply: &FlowValue, pressed: u32) -> u32 {
-    match FLOWS.insert(key, reply, BPF_NOEXIST as u64) {
-        Ok(()) => return TAKEN,
-        Err(EXISTS) => {}
+    // SAFETY: the entry of the packet at hand, which this memory is for, has not been found.
+    let Some(holder) = FLOW.get_ptr_mut(0).map(|flow| unsafe { &mut *flow }) else { return FAILED };
+    let place = fetch(key, holder);
+    if place != ABSENT && yields(holder, key, reply, place, pressed) == 0 {
+        return OCCUPIED;
+    }
+    write(key, reply, place)
+}
+
+/// Whether the tables that are being replaced hold the tuple: it is taken, whatever its state.
+#[inline(never)]
+fn old_has(key: &FlowKey) -> u32 {
+    (FLOWS_OLD.get_value_ptr_mut(0, key).is_some() || TRANSIENT_OLD.get_value_ptr_mut(0, key).is_some()) as u32
+}
+
+/// Writes the entry of a new connection; `over` is not 0 where one of the past may be under its tuple.
+#[inline(never)]
+fn write(key: &FlowKey, value: &FlowValue, over: u32) -> u32 {
+    match TRANSIENT.insert(key, value, BPF_NOEXIST as u64) {
+        Ok(()) => count(FlowCount::Created),
+        // Somebody was quicker.
+        Err(EXISTS) if over == 0 => return OCCUPIED,
+        Err(EXISTS) => {
+            if TRANSIENT.insert(key, value, BPF_ANY as u64).is_err() {
+                return FAILED;
+            }
+        }
         Err(_) => return FAILED,
     }
-    if let Some(holder) = FLOWS.get_ptr_mut(key) {
-        // SAFETY: points into the map.
-        let holder = unsafe { &*holder };
-        if !same_tuple(holder, reply) && !abandoned(holder, key, reply.last_seen, pressed != 0) {
-            return OCCUPIED;
-        }
+    // Where it would be found first.
+    if over != 0 && key.proto == proto::TCP {
+        let _ = FLOWS.remove(key);
     }
-    if FLOWS.insert(key, reply, BPF_ANY as u64).is_ok() { TAKEN } else { FAILED }
+    TAKEN
+}
+
+/// Whether a reply entry makes way for a new one: it leads to the same, its connection is over, or has been silent for
+/// longer than it may.
+#[inline(never)]
+fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, place: u32, pressed: u32) -> u32 {
+    let now = reply.last_seen;
+    if same_tuple(holder, reply) {
+        return 1;
+    }
+    // A closed connection may still send its last segments; spare it while others may do. One that is being moved has
+    // its partner elsewhere.
+    if place == MOVING || pressed != 0 && tcp_closed(holder.tcp) {
+        return (place != MOVING) as u32;
+    }
+    let timeouts = lookup::settings().map_or(Timeouts::DEFAULT, |settings| settings.timeouts);
+    let quiet = timeouts.of(key.proto, holder.flags, holder.tcp, place == SETTLED) as u64 * SECOND;
+    if now.saturating_sub(holder.last_seen) <= quiet {
+        return 0;
+    }
+    // The client may be the only one who talks.
+    (now.saturating_sub(last_seen(&partner_key(holder, key))) > quiet) as u32
+}
+
+/// When an entry was last used; 0 where there is none.
+#[inline(never)]
+fn last_seen(key: &FlowKey) -> u64 {
+    if key.proto == proto::TCP
+        && let Some(flow) = FLOWS.get_ptr_mut(key)
+    {
+        // SAFETY: points into the map.
+        return unsafe { (*flow).last_seen };
+    }
+    // SAFETY: points into the map.
+    TRANSIENT.get_ptr_mut(key).map_or(0, |flow| unsafe { (*flow).last_seen })
 }
 
 /// Whether two entries lead to the same. Without branches: each would double what the verifier follows, per attempt.
@@ -239,24 +440,4 @@ fn same_tuple(a: &FlowValue, b: &FlowValue) -> bool {
         difference |= a.dst.words[i] ^ b.dst.words[i];
     }
     difference == 0
-}
-
-/// Whether the connection of this reply entry is over, or has been silent for longer than it may.
-#[inline(always)]
-fn abandoned(reply: &FlowValue, key: &FlowKey, now: u64, pressed: bool) -> bool {
-    let over = closed(reply.tcp);
-    // A closed connection may still send its last segments; spare it while others may do.
-    if over && pressed {
-        return true;
-    }
-    let quiet = if key.proto == proto::TCP && !over && reply.tcp & TCP_SEEN_REPLY != 0 { ESTABLISHED } else { QUIET };
-    if now.saturating_sub(reply.last_seen) <= quiet {
-        return false;
-    }
-    // The client may be the only one who talks.
-    match FLOWS.get_ptr_mut(&partner_key(reply, key)) {
-        // SAFETY: points into the map.
-        Some(forward) => now.saturating_sub(unsafe { (*forward).last_seen }) > quiet,
-        None => true,
-    }
 }

@@ -2,13 +2,13 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, bpf_fib_lookup},
-    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray},
+    btf_maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use kinesin_abi::{
-    AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FlowKey, FlowValue,
-    FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings, SocketKey,
-    SocketValue, SourceRange,
+    AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FLOW_COUNTS, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings,
+    SocketKey, SocketValue, SourceRange,
 };
 
 use crate::packet::Packet;
@@ -31,9 +31,29 @@ pub static BACKENDS: Array<Backend, 65536> = Array::new();
 #[btf_map]
 pub static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, 65536, NO_PREALLOC> = HashOfMaps::new();
 
-/// Connections: what the tuple of a packet becomes.
+/// Established TCP connections: what the tuple of a packet becomes. Nothing in here is forgotten to make room.
 #[btf_map]
-pub static FLOWS: LruHashMap<FlowKey, FlowValue, 131072> = LruHashMap::new();
+pub static FLOWS: HashMap<FlowKey, FlowValue, 131072, NO_PREALLOC> = HashMap::new();
+
+/// All other flows: of UDP, and of TCP connections that are not established yet or found no room among those that are. The
+/// oldest make room for new ones.
+#[btf_map]
+pub static TRANSIENT: LruHashMap<FlowKey, FlowValue, 65536> = LruHashMap::new();
+
+/// The two tables above as they were, while tables of another size take their place. Not pinned. (Maps of any size fit
+/// since Linux 5.10.)
+#[btf_map]
+pub static FLOWS_OLD: ArrayOfMaps<HashMap<FlowKey, FlowValue, 1024, NO_PREALLOC>, 1> = ArrayOfMaps::new();
+#[btf_map]
+pub static TRANSIENT_OLD: ArrayOfMaps<LruHashMap<FlowKey, FlowValue, 1024>, 1> = ArrayOfMaps::new();
+
+/// What happens to connections.
+#[btf_map]
+pub static COUNTS: PerCpuArray<u64, { FLOW_COUNTS as usize }> = PerCpuArray::new();
+
+/// The flow of the packet at hand; see `flows`. Private to the programs: not pinned, not dumped.
+#[btf_map]
+pub static FLOW: PerCpuArray<FlowValue, 1> = PerCpuArray::new();
 
 /// Packets in fragments: the ports, which only the first one has.
 #[btf_map]
