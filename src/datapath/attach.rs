@@ -217,8 +217,8 @@ pub(crate) fn detach_pinned(links: &Path) -> io::Result<()> {
     result
 }
 
-/// The hooks that pins below this root tell of, for whoever looks while no agent runs. Which program is at a device's hook
-/// its pin does not say; the names of devices are those of the calling thread's network namespace.
+/// The hooks that pins below this root tell of, for whoever looks while no agent runs. Of the program at a device's hook its
+/// pin says only the family, as `IPv4` or `IPv6`; the names of devices are those of the calling thread's network namespace.
 pub fn pinned_hooks(bpf_root: &Path) -> Vec<HookStatus> {
     let pins = fs::read_dir(super::links_dir(bpf_root)).into_iter().flatten().flatten();
     let names = pins.map(|pin| pin.file_name().to_string_lossy().into_owned());
@@ -229,9 +229,13 @@ pub fn pinned_hooks(bpf_root: &Path) -> Vec<HookStatus> {
             }
             let how = if clsact::Filter::of_pin(&name).is_some() { Attachment::Clsact } else { Attachment::Tcx };
             let mut parts = name.split('-');
-            let (ifindex, direction) = (parts.next()?, parts.next()?);
+            let (ifindex, place) = (parts.next()?, parts.next()?);
+            let (direction, program) = match place.strip_suffix('6') {
+                Some(direction) => (direction, "IPv6"),
+                None => (place, "IPv4"),
+            };
             let device = nix::net::if_::if_indextoname(ifindex.parse().ok()?).ok()?;
-            Some(HookStatus::new("", format!("{} {direction}", device.to_string_lossy()), Ok(how)))
+            Some(HookStatus::new(program, format!("{} {direction}", device.to_string_lossy()), Ok(how)))
         })
         .collect()
 }

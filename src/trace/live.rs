@@ -129,15 +129,18 @@ impl View for Live {
     }
 
     fn attached(&self, hook: Hook) -> Result<Attached, TraceError> {
+        let device = |ifindex, way: &str, v6: bool| {
+            let place = format!("{} {way}", self.device_name(ifindex));
+            let absent = if v6 {
+                "the agent serves no IPv6 on this device (see the keys enable-ipv6 and devices)"
+            } else {
+                "the agent does not serve this device (see the key devices)"
+            };
+            self.hook(|hook| hook.place == place && hook.program.ends_with('6') == v6, absent)
+        };
         Ok(match hook {
-            Hook::Ingress(ifindex) => {
-                let place = format!("{} ingress", self.device_name(ifindex));
-                self.hook(|hook| hook.place == place, "the agent does not serve this device (see the key devices)")
-            }
-            Hook::Egress(ifindex) => {
-                let place = format!("{} egress", self.device_name(ifindex));
-                self.hook(|hook| hook.place == place, "the agent does not serve this device (see the key devices)")
-            }
+            Hook::Ingress { ifindex, v6 } => device(ifindex, "ingress", v6),
+            Hook::Egress { ifindex, v6 } => device(ifindex, "egress", v6),
             Hook::Socket { v6 } => {
                 let program = if v6 { "cil_sock6_connect" } else { "cil_sock4_connect" };
                 self.hook(|hook| hook.program == program, "socket translation is off (see the key bpf-lb-sock)")

@@ -3,6 +3,7 @@
 use kinesin_abi::{DEVICE_ETHERNET, FLOW_REDIRECT, FLOW_REPLY, proto};
 
 use super::flows::tuple;
+use super::ingress::program;
 use super::{Attached, Hook, RouteQuery, Step, Tracer, Verdict, View, Way, sure};
 
 impl<V: View> Tracer<'_, V> {
@@ -25,11 +26,13 @@ impl<V: View> Tracer<'_, V> {
         let Some(device) = self.view.device(ifindex)? else {
             return Ok(sure(Verdict::pass(format!("it leaves by {name}, which has no program of ours"))));
         };
-        let program = if device.flags & DEVICE_ETHERNET != 0 { "cil_to_netdev" } else { "cil_to_l3dev" };
-        match self.view.attached(Hook::Egress(ifindex))? {
-            Attached::Yes(how) => self.hook(program, format!("{how} egress of {name}"), ""),
+        let v6 = dst.is_ipv6();
+        let ethernet = device.flags & DEVICE_ETHERNET != 0;
+        let program = program(if ethernet { "cil_to_netdev" } else { "cil_to_l3dev" }, v6);
+        match self.view.attached(Hook::Egress { ifindex, v6 })? {
+            Attached::Yes(how) => self.hook(&program, format!("{how} egress of {name}"), ""),
             Attached::No(why) => {
-                self.hook(program, format!("egress of {name}"), &format!("not attached: {why}"));
+                self.hook(&program, format!("egress of {name}"), &format!("not attached: {why}"));
                 return Ok(sure(Verdict::pass(format!("no program of ours is on {name}"))));
             }
         }
@@ -38,7 +41,7 @@ impl<V: View> Tracer<'_, V> {
 
     /// Only answers of local backends are changed on the way out.
     fn egress(&mut self) -> Result<Vec<Way>, V::Error> {
-        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP) && self.packet.dst.is_ipv4();
+        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
         if !ours {
             return Ok(sure(Verdict::pass("only answers of backends are changed on the way out")));
         }

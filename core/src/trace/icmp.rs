@@ -20,11 +20,13 @@ impl<V: View> Tracer<'_, V> {
             }
         }
         if self.view.settings()?.flags & SETTING_ANSWER_PING == 0 {
-            return Ok(sure(Verdict::dropped(DropReason::UnknownIcmpType)));
+            let v6 = self.packet.dst.is_ipv6();
+            let reason = if v6 { DropReason::UnknownIcmp6Type } else { DropReason::UnknownIcmpType };
+            return Ok(sure(Verdict::dropped(reason)));
         }
         if !unicast(self.packet.src) {
             return Ok(sure(Verdict::dropped(DropReason::InvalidPacket)));
         }
-        Ok(sure(Verdict::Answered { with: "ICMP echo reply".into() }))
+        Ok(sure(Verdict::Answered { with: "echo reply".into() }))
     }
 }

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey, FrontendValue,
-    L2Key, SETTING_REJECT_NO_BACKEND, Settings, frontend_flags, proto,
+    Addr, BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey,
+    FrontendValue, L2Key, SETTING_REJECT_NO_BACKEND, Settings, frontend_flags, proto,
 };
 
 use super::flows::tuple;
@@ -18,22 +18,20 @@ impl<V: View> Tracer<'_, V> {
         let name = self.view.device_name(ifindex);
         let device = self.view.device(ifindex)?;
         let ethernet = device.is_none_or(|device| device.flags & DEVICE_ETHERNET != 0);
-        let program = if ethernet { "cil_from_netdev" } else { "cil_from_l3dev" };
-        match self.view.attached(Hook::Ingress(ifindex))? {
-            Attached::Yes(how) => self.hook(program, format!("{how} ingress of {name}"), ""),
+        let v6 = self.packet.dst.is_ipv6();
+        let program = program(if ethernet { "cil_from_netdev" } else { "cil_from_l3dev" }, v6);
+        match self.view.attached(Hook::Ingress { ifindex, v6 })? {
+            Attached::Yes(how) => self.hook(&program, format!("{how} ingress of {name}"), ""),
             Attached::No(why) => {
-                self.hook(program, format!("ingress of {name}"), &format!("not attached: {why}"));
+                self.hook(&program, format!("ingress of {name}"), &format!("not attached: {why}"));
                 return Ok(sure(Verdict::pass(format!("no program of ours is on {name}"))));
             }
         }
         if ethernet {
             self.neighbour(ifindex, name)?;
         }
-        if self.packet.dst.is_ipv6() {
-            return Ok(sure(Verdict::pass("IPv6 packets are left to the host's stack")));
-        }
         match self.packet.proto {
-            proto::ICMP => self.echo_request(ifindex),
+            proto::ICMP | proto::ICMPV6 => self.echo_request(ifindex),
             proto::TCP | proto::UDP | proto::SCTP => self.ported(ifindex),
             _ if self.claimed()?.is_some() => Ok(sure(Verdict::dropped(DropReason::UnknownL4))),
             _ => Ok(sure(Verdict::pass("the destination is none of our addresses"))),
@@ -223,10 +221,10 @@ impl<V: View> Tracer<'_, V> {
     /// The node's address for connections that leave by one device and came in by another, and whose it is.
     fn source_address(&self, egress: u32, ingress: u32) -> Result<Option<(String, IpAddr)>, V::Error> {
         for ifindex in [egress, ingress] {
-            let ipv4 = self.view.device(ifindex)?.map_or(0, |device| device.ipv4);
-            if ipv4 != 0 {
-                let address = IpAddr::from(kinesin_abi::Addr::from_v4_raw(ipv4));
-                return Ok(Some((self.view.device_name(ifindex), address)));
+            let device = self.view.device(ifindex)?.unwrap_or_default();
+            let own = if self.packet.dst.is_ipv6() { device.ipv6 } else { Addr::from_v4_raw(device.ipv4) };
+            if own.v4_raw() != 0 || !(own.is_v4() || own.is_unspecified()) {
+                return Ok(Some((self.view.device_name(ifindex), own.into())));
             }
         }
         Ok(None)
@@ -258,4 +256,9 @@ pub(super) fn unicast(src: Option<IpAddr>) -> bool {
         Some(IpAddr::V6(v6)) => !v6.is_unspecified() && !v6.is_loopback() && !v6.is_multicast(),
         None => false,
     }
+}
+
+/// A program's name; those of IPv6 have a 6 behind it.
+pub(super) fn program(name: &str, v6: bool) -> String {
+    if v6 { format!("{name}6") } else { name.to_owned() }
 }

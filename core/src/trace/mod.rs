@@ -89,16 +89,26 @@ pub enum Place {
     Node,
 }
 
-/// A hook that a packet may meet.
+/// A hook that a packet may meet. Each family has programs of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     /// tc ingress of a device.
-    Ingress(u32),
+    Ingress {
+        /// The device.
+        ifindex: u32,
+        /// For IPv6.
+        v6: bool,
+    },
     /// tc egress of a device.
-    Egress(u32),
+    Egress {
+        /// The device.
+        ifindex: u32,
+        /// For IPv6.
+        v6: bool,
+    },
     /// The socket hooks, of which those of `connect` and `sendmsg` matter here.
     Socket {
-        /// The destination is an IPv6 address.
+        /// For IPv6.
         v6: bool,
     },
 }

@@ -118,8 +118,10 @@ impl Question {
         }
         let (dst, dport) = endpoint(&self.dst)
             .ok_or_else(|| wrong("dst", &self.dst, "write an address and a port, as 10.0.0.100:80 or [fd00::1]:80"))?;
+        // Each family has its own.
+        let proto = if proto == proto::ICMP && dst.is_ipv6() { proto::ICMPV6 } else { proto };
         let dport = match (dport, proto) {
-            (_, proto::ICMP) => 0,
+            (_, proto::ICMP | proto::ICMPV6) => 0,
             (Some(0), _) => return Err(wrong("dst", &self.dst, "port 0 is no destination; write 1 to 65535")),
             (Some(port), _) => port,
             (None, _) => return Err(wrong("dst", &self.dst, "no port; add one as in 10.0.0.100:80, or --proto icmp")),

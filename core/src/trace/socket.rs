@@ -1,6 +1,6 @@
 //! Sockets of the node and its pods: `sock.rs` of the programs, told.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kinesin_abi::{AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, frontend_flags, proto};
 
@@ -29,7 +29,7 @@ impl<V: View> Tracer<'_, V> {
                 return self.leave();
             }
         }
-        if !matches!(self.packet.proto, proto::TCP | proto::UDP) || v6 {
+        if !matches!(self.packet.proto, proto::TCP | proto::UDP) {
             return self.leave();
         }
         let Some((key, by, frontend)) = self.socket_frontend()? else { return self.leave() };
@@ -65,7 +65,8 @@ impl<V: View> Tracer<'_, V> {
                 return Ok(Some((exact, "exact", frontend)));
             }
         } else if self.packet.dst.is_loopback() {
-            let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+            let v6 = self.packet.dst.is_ipv6();
+            let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
             let key = FrontendKey { addr: any.into(), ..exact };
             tried.push(text::frontend(&key));
             if let Some(frontend) = self.view.frontend(&key)? {

@@ -65,7 +65,7 @@ impl View for Fake {
         ifindex == LAN
     }
     fn attached(&self, hook: Hook) -> Result<Attached, Infallible> {
-        Ok(if let Hook::Ingress(_) = hook { self.ingress.clone() } else { Attached::Yes("tcx".into()) })
+        Ok(if let Hook::Ingress { .. } = hook { self.ingress.clone() } else { Attached::Yes("tcx".into()) })
     }
     fn route(&self, query: &RouteQuery) -> Result<Result<Hop, String>, Infallible> {
         let IpAddr::V4(dst) = query.dst else { return Ok(Err("no route".into())) };

@@ -10,7 +10,11 @@ use super::{Bond, FlowDirection, Method, Neighbour, Packet, Port, Step, Tuple, V
 /// `192.168.1.50:40000 -> 10.0.0.100:80 TCP`
 pub(super) fn packet(packet: &Packet) -> String {
     let end = |ip: IpAddr, port: u16| {
-        if packet.proto == proto::ICMP { ip.to_string() } else { SocketAddr::new(ip, port).to_string() }
+        if matches!(packet.proto, proto::ICMP | proto::ICMPV6) {
+            ip.to_string()
+        } else {
+            SocketAddr::new(ip, port).to_string()
+        }
     };
     let src = packet.src.map_or_else(|| "any address".into(), |ip| end(ip, packet.sport));
     format!("{src} -> {} {}", end(packet.dst, packet.dport), protocol(packet.proto))
@@ -20,6 +24,7 @@ pub(super) fn protocol(number: u8) -> String {
     match number {
         proto::ANY => "ANY".into(),
         proto::ICMP => "ICMP".into(),
+        proto::ICMPV6 => "ICMPv6".into(),
         proto::TCP => "TCP".into(),
         proto::UDP => "UDP".into(),
         proto::SCTP => "SCTP".into(),
