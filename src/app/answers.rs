@@ -153,10 +153,10 @@ impl Answers {
         records.map(|node| MemberView { node: node.to_string(), state: "alive".into(), last_seen: None }).collect()
     }
 
-    fn families(&self) -> Vec<String> {
+    fn families(&self) -> Vec<&'static str> {
         let families = &self.world.config().families;
         let named = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
-        named.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned()).collect()
+        named.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect()
     }
 
     fn kube_proxy_replacement(&self) -> KprView {
@@ -290,7 +290,7 @@ impl Api for Answers {
                     },
                 },
                 hooks: self.hooks(),
-                families: self.families(),
+                families: self.families().into_iter().map(String::from).collect(),
                 kube_proxy_replacement: self.kube_proxy_replacement(),
                 sync: self.sync(),
                 maps: self.maps(),
@@ -457,15 +457,7 @@ impl Api for Answers {
         if healthy && node_eligible {
             told.last_good = Some(current);
         }
-        let families = &self.world.config().families;
-        let served = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
-        Healthz {
-            healthy,
-            node_eligible,
-            families: served.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect(),
-            last_updated: told.last_good,
-            current,
-        }
+        Healthz { healthy, node_eligible, families: self.families(), last_updated: told.last_good, current }
     }
 
     fn config(&self) -> BoxFuture<'_, ConfigView> {
