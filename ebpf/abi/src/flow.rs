@@ -1,6 +1,6 @@
 //! Connection state: what a packet's tuple becomes, and what a translated socket believes to talk to.
 
-use crate::{Addr, BackendId, Be16, NodeTag};
+use crate::{Addr, BackendId, Be16};
 
 /// A packet's tuple as it arrives at a hook.
 #[repr(C)]
