@@ -22,6 +22,7 @@ use crate::actors::loader::Loader;
 use crate::actors::map_writer::MapWriter;
 use crate::actors::membership::Membership;
 use crate::actors::object_watcher::{LeaseWatcher, NodeWatcher, PodWatcher, PolicyWatcher, PoolWatcher};
+use crate::actors::peer_watcher::PeerWatcher;
 use crate::actors::service_health::ServiceHealth;
 use crate::actors::service_watcher::ServiceWatcher;
 use crate::actors::socket_reaper::SocketReaper;
@@ -179,6 +180,7 @@ fn tree(
             Child::actor::<LeaderElector>(&Address::new("leader_elector"), ws()),
             Child::actor::<LbIpam>(&Address::new("lb_ipam"), ws()),
             Child::actor::<Membership>(&Address::new("membership"), ws()),
+            Child::actor::<PeerWatcher>(&Address::new("peer_watcher"), w()),
             Child::actor::<VipOwner>(&vip_owner, w()),
             Child::actor::<ArpResponder>(&Address::new("arp_responder"), w()),
         ],

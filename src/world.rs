@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
+use kinesin_core::peers::Peer;
 use kinesin_core::services::{Compiled, HealthCheck, NodeContext, ServiceKey};
 use smol_str::SmolStr;
 
@@ -60,6 +61,8 @@ pub struct World {
     pub leadership: Level<Leadership>,
     /// Written by membership.
     pub members: Level<LiveMembers>,
+    /// Written by peer_watcher: the other living nodes, and whether packets can be handed on to them.
+    pub peers: Level<Vec<Peer>>,
     /// Written by vip_owner: the addresses that this node answers for; absent before its first decision.
     pub claims: Level<Vec<IpAddr>>,
     /// Written by vip_owner: address and device that this node answers for, with the number of announcements it wants made
@@ -94,6 +97,7 @@ impl World {
             programmed: Level::with(false),
             leadership: Level::default(),
             members: Level::default(),
+            peers: Level::default(),
             claims: Level::default(),
             answered: Table::default(),
             orders: Table::default(),

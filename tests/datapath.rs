@@ -13,6 +13,8 @@ mod affinity;
 mod arp;
 #[path = "datapath/conntrack.rs"]
 mod conntrack;
+#[path = "datapath/dispatch.rs"]
+mod dispatch;
 #[path = "datapath/flows.rs"]
 mod flows;
 #[path = "datapath/foreign.rs"]

@@ -10,6 +10,7 @@ pub mod lb_ipam;
 pub mod maglev;
 pub mod objects;
 pub mod ownership;
+pub mod peers;
 pub mod plan;
 pub mod presence;
 pub mod selector;

@@ -1,7 +1,7 @@
 //! Shows that this agent is there, and watches who else is.
 //!
 //! owns: this node's presence Lease, and the judgement of everybody's
-//! hears: changes of Leases, of this node's claims and devices; results of its own writes; its alarms
+//! hears: changes of Leases, of this node's claims, devices and data path; results of its own writes; its alarms
 //! says: the members level
 //! restart story: reads its own record back, with the addresses that it answered for; the others do not notice
 //!
@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
-use kinesin_core::presence::{ANNOTATION, Record, Tracker, lease_name};
+use kinesin_core::presence::{ANNOTATION, Link, Record, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
@@ -24,7 +24,7 @@ use crate::clock;
 use crate::level::Follower;
 use crate::source::{Source, WriteError};
 use crate::table::Subscription;
-use crate::world::{Devices, LiveMembers, World};
+use crate::world::{Devices, LiveMembers, MapsHandle, World};
 
 /// What membership hears.
 pub enum MembershipMsg {
@@ -57,6 +57,10 @@ pub struct Membership {
     leases: Subscription<ObjectKey, Lease>,
     claims: Follower<Vec<IpAddr>>,
     devices: Follower<Devices>,
+    /// What makes this node ready to take packets that others hand on to it.
+    readiness: (Follower<MapsHandle>, Follower<bool>),
+    /// As last written.
+    links: Vec<Link>,
     tracker: Tracker,
     /// The Leases that the tracker knows are all there are.
     settled: bool,
@@ -82,7 +86,9 @@ impl Actor for Membership {
         Ok(Self {
             leases: world.leases.subscribe(wake.clone()),
             claims: world.claims.follow(wake.clone()),
-            devices: world.devices.follow(wake),
+            devices: world.devices.follow(wake.clone()),
+            readiness: (world.maps.follow(wake.clone()), world.programmed.follow(wake)),
+            links: Vec::new(),
             tracker: Tracker::new(world.node.clone()),
             settled: false,
             instance: format!("{:08x}", rand::random::<u32>()).into(),
@@ -104,7 +110,8 @@ impl Actor for Membership {
             MembershipMsg::Wake => {
                 self.observe();
                 let said_anew = self.claims.changed().is_some() | self.devices.changed().is_some();
-                if said_anew && self.world.claims.get().is_some() {
+                let ready_anew = self.readiness.0.changed().is_some() | self.readiness.1.changed().is_some();
+                if (said_anew || ready_anew && self.links() != self.links) && self.world.claims.get().is_some() {
                     self.write();
                 }
             }
@@ -170,14 +177,28 @@ impl Membership {
         });
     }
 
-    fn lease(&self, claims: &[IpAddr]) -> Lease {
+    /// Devices on which this node takes packets that others hand on to it. While a new agent is not ready yet, those of
+    /// the one before: its programs go on.
+    fn links(&self) -> Vec<Link> {
+        if self.world.programmed.get().is_none_or(|programmed| !*programmed) {
+            let mine = self.world.leases.get(&ObjectKey::new("", lease_name(&self.world.node)));
+            return mine.and_then(|lease| Record::from_lease(&lease).ok()).map_or_else(Vec::new, |record| record.links);
+        }
+        let (Some(devices), Some(maps)) = (self.world.devices.get(), self.world.maps.get()) else { return Vec::new() };
+        devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect()
+    }
+
+    fn lease(&mut self, claims: &[IpAddr]) -> Lease {
         let devices = self.world.devices.get();
         let live = devices.iter().flat_map(|devices| devices.selected()).filter(|device| device.is_live());
+        let live = live.map(|device| device.name.clone()).collect();
+        self.links = self.links();
         let record = Record {
+            links: self.links.clone(),
             node: self.world.node.clone(),
             instance: self.instance.clone(),
             since: self.since.clone(),
-            devices: live.map(|device| device.name.clone()).collect(),
+            devices: live,
             claims: claims.to_vec(),
             gone: self.tracker.gone(),
             draining: false,

@@ -17,6 +17,7 @@ pub mod loader;
 pub mod map_writer;
 pub mod membership;
 pub mod object_watcher;
+pub mod peer_watcher;
 pub mod service_health;
 pub mod service_watcher;
 pub mod socket_reaper;

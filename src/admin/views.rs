@@ -238,7 +238,7 @@ pub struct KprView {
     pub devices: Vec<String>,
     /// Translation at connect time.
     pub socket_lb: bool,
-    /// `SNAT`
+    /// `SNAT`; `Auto (L2 to 2 of 3 nodes, else SNAT)`
     pub mode: String,
     /// `Random`, `Maglev (Table Size: 16381)`
     pub backend_selection: String,
@@ -302,6 +302,9 @@ pub struct MemberView {
     pub state: String,
     /// Its last sign of life.
     pub last_seen: Option<Timestamp>,
+    /// How packets get from here to backends on it: `l2`, or `snat: ` and why; empty of this node, and where all go by snat.
+    #[serde(default)]
+    pub forwarding: String,
 }
 
 /// A table of `kinesin dump`.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
+use kinesin_core::peers::State;
 use kinesin_core::services::{self, FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
 use metrics::{counter, gauge};
@@ -20,7 +21,7 @@ use crate::admin::views::{
     SourceView, StatusView, SyncView, TableView, TreeView, VipView,
 };
 use crate::admin::{Api, ApiError};
-use crate::config::{Algorithm, Report};
+use crate::config::{Algorithm, LbMode, Report};
 use crate::datapath::{TableUsage, meaning_rows};
 use crate::level::Level;
 use crate::source::Source;
@@ -150,7 +151,32 @@ impl Answers {
     fn members(&self) -> Vec<MemberView> {
         let live = self.world.members.get();
         let records = live.iter().flat_map(|live| live.members.records.keys());
-        records.map(|node| MemberView { node: node.to_string(), state: "alive".into(), last_seen: None }).collect()
+        let peers = self.world.peers.get().filter(|_| self.world.config().services.hands_on());
+        let way = |node: &str| peers.iter().flat_map(|peers| peers.iter()).find(|peer| peer.node == node);
+        records
+            .map(|node| MemberView {
+                node: node.to_string(),
+                state: "alive".into(),
+                last_seen: None,
+                forwarding: way(node).map(|peer| peer.state.text()).unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    /// The mode, and how far it reaches.
+    fn mode(&self) -> String {
+        let services = &self.world.config().services;
+        let name = match services.mode {
+            LbMode::Auto => "Auto",
+            LbMode::Snat if services.mode_annotation => "SNAT, DSR by annotation",
+            LbMode::Snat => return "SNAT".into(),
+            LbMode::Dsr => "DSR",
+            LbMode::Hybrid => "Hybrid",
+        };
+        let peers = self.world.peers.get();
+        let peers: Vec<_> = peers.iter().flat_map(|peers| peers.iter()).collect();
+        let near = peers.iter().filter(|peer| peer.state == State::Neighbour).count();
+        format!("{name} (L2 to {near} of {} other nodes, else SNAT)", peers.len())
     }
 
     fn families(&self) -> Vec<&'static str> {
@@ -181,7 +207,7 @@ impl Answers {
                 })
                 .collect(),
             socket_lb: config.services.socket_lb(),
-            mode: "SNAT".into(),
+            mode: self.mode(),
             backend_selection: match config.services.algorithm {
                 Algorithm::Random => "Random".into(),
                 Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),

@@ -118,6 +118,7 @@ pub(super) fn about(table: &str) -> &'static str {
         "affinity" => "backends that clients stay with",
         "l2" => "addresses answered for, per device",
         "devices" => "MAC and addresses of devices",
+        "peers" => "nodes that packets are handed on to, and whom they come from",
         "settings" => "what the programs are told",
         "drops" => "packets dropped, by reason",
         "counts" => "what happens to connections",

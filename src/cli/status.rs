@@ -136,9 +136,10 @@ fn connections(view: &ConnectionsView) -> String {
 }
 
 fn members(status: &StatusView) -> String {
-    let mut table = Table::new(&["NODE", "STATE", "SEEN"]);
+    let mut table = Table::new(&["NODE", "STATE", "SEEN", "FORWARDING"]);
     for member in &status.members {
-        table.row(vec![member.node.clone(), member.state.clone(), member.last_seen.map(ago).unwrap_or_default()]);
+        let seen = member.last_seen.map(ago).unwrap_or_default();
+        table.row(vec![member.node.clone(), member.state.clone(), seen, member.forwarding.clone()]);
     }
     format!("Members:\n{}", indent(&table.render("none")))
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use kinesin_core::services::{Dispatch, Forwarding};
 
 /// A setting with a closed set of spellings.
 pub trait Choice {
@@ -60,6 +61,30 @@ choices! {
         Random = "random",
         /// By a Maglev table, equal on all nodes.
         Maglev = "maglev",
+    }
+    /// How packets get to backends on other nodes (`bpf-lb-mode`).
+    LbMode {
+        /// As they are to nodes on the same segment, with this node's address as source to others.
+        #[default]
+        Auto = "auto",
+        /// With this node's address as source.
+        Snat = "snat",
+        /// With the client's address, as `bpf-lb-dsr-dispatch` says.
+        Dsr = "dsr",
+        /// As `dsr` for TCP, as `snat` for everything else.
+        Hybrid = "hybrid",
+    }
+    /// How packets keep the client's address on the way to other nodes (`bpf-lb-dsr-dispatch`).
+    DsrDispatch {
+        /// With an IPv4 option or IPv6 extension header.
+        #[default]
+        Opt = "opt",
+        /// Inside another IP packet.
+        Ipip = "ipip",
+        /// Inside a Geneve tunnel.
+        Geneve = "geneve",
+        /// As they are, on one segment.
+        L2 = "l2",
     }
     /// What a client of a service without backends gets (`service-no-backend-response`).
     NoBackend {
@@ -167,6 +192,14 @@ pub struct Services {
     pub node_port_addresses: Vec<IpNet>,
     /// `bpf-lb-algorithm`
     pub algorithm: Algorithm,
+    /// `bpf-lb-mode`
+    pub mode: LbMode,
+    /// `bpf-lb-dsr-dispatch`
+    pub dsr_dispatch: DsrDispatch,
+    /// `bpf-lb-mode-annotation`
+    pub mode_annotation: bool,
+    /// `bpf-lb-algorithm-annotation`
+    pub algorithm_annotation: bool,
     /// `bpf-lb-maglev-table-size`; always [`kinesin_abi::MAGLEV_TABLE_SIZE`] for now.
     pub maglev_table_size: u32,
     /// `bpf-lb-maglev-hash-seed`
@@ -219,6 +252,26 @@ impl Services {
     /// Whether sockets on this node are translated at connect time.
     pub fn socket_lb(&self) -> bool {
         self.kube_proxy_replacement || self.socket_lb.unwrap_or(false)
+    }
+
+    /// How packets get to backends on other nodes.
+    pub fn forwarding(&self) -> Forwarding {
+        match self.mode {
+            LbMode::Snat => Forwarding::all(Dispatch::Snat),
+            LbMode::Auto | LbMode::Dsr => Forwarding::all(Dispatch::L2),
+            LbMode::Hybrid => Forwarding { tcp: Dispatch::L2, other: Dispatch::Snat },
+        }
+    }
+
+    /// Whether packets may be handed on to neighbours as they are.
+    pub fn hands_on(&self) -> bool {
+        let Forwarding { tcp, other } = self.forwarding();
+        self.mode_annotation || [tcp, other].contains(&Dispatch::L2)
+    }
+
+    /// What `dsr` means in an annotation; `None` while annotations do not count.
+    pub fn dsr_by_annotation(&self) -> Option<Forwarding> {
+        self.mode_annotation.then(|| Forwarding::all(Dispatch::L2))
     }
 
     /// Whether sockets of pods are ended when their backend is gone, too.

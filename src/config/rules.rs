@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::model::{Config, SourceKind};
+use super::model::{Config, DsrDispatch, LbMode, SourceKind};
 use super::value::format_duration;
 
 /// Keys whose values cannot be used together.
@@ -36,6 +36,7 @@ pub(super) fn adjust(config: &mut Config) -> Vec<String> {
     let mut warnings = Vec::new();
     maglev_size(config, &mut warnings);
     connections(config, &mut warnings);
+    dsr_dispatch(config, &mut warnings);
     lease_timing(config, &mut warnings);
     combinations(config, &mut warnings);
     warnings
@@ -68,6 +69,25 @@ fn connections(config: &mut Config, warnings: &mut Vec<String>) {
             warnings.push(format!("{key}={} is shorter than a second: using 1s", format_duration(*value)));
             *value = Duration::from_secs(1);
         }
+    }
+}
+
+fn dsr_dispatch(config: &mut Config, warnings: &mut Vec<String>) {
+    let services = &mut config.services;
+    if services.mode == LbMode::Hybrid && services.mode_annotation {
+        warnings.push(
+            "bpf-lb-mode-annotation=true does not go with bpf-lb-mode=hybrid: annotations of Services do not count; use another mode"
+                .into(),
+        );
+        services.mode_annotation = false;
+    }
+    let asked = services.dsr_dispatch;
+    let used = matches!(services.mode, LbMode::Dsr | LbMode::Hybrid) || services.mode_annotation;
+    if used && asked != DsrDispatch::L2 {
+        warnings.push(format!(
+            "bpf-lb-dsr-dispatch={asked} is not supported yet: using l2, which keeps clients' addresses towards nodes on the same segment"
+        ));
+        services.dsr_dispatch = DsrDispatch::L2;
     }
 }
 

@@ -42,6 +42,27 @@ fn setting<'a>(report: &'a Report, key: &str) -> &'a Setting {
 }
 
 #[test]
+fn modes_and_annotations_that_do_not_go_together_are_said_and_made_usable() {
+    let warned = |files: &[(&str, &str)]| {
+        let (_dir, inputs) = with_dir(files);
+        let (config, report) = loaded(&inputs);
+        let about = report.warnings.into_iter().filter(|w| w.starts_with("bpf-lb-")).collect::<Vec<_>>();
+        (config.services, about)
+    };
+    let (services, about) = warned(&[]);
+    assert_eq!((services.mode, services.hands_on(), about.len()), (LbMode::Auto, true, 0));
+    let (services, about) = warned(&[("node-port-mode", "snat"), ("bpf-lb-dsr-dispatch", "opt")]);
+    assert_eq!((services.mode, services.hands_on(), about.len()), (LbMode::Snat, false, 0));
+    let (services, about) = warned(&[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "geneve")]);
+    assert_eq!(services.dsr_dispatch, DsrDispatch::L2);
+    assert!(about.len() == 1 && about[0].contains("bpf-lb-dsr-dispatch=geneve is not supported"), "{about:?}");
+    let (services, about) =
+        warned(&[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "l2"), ("bpf-lb-mode-annotation", "true")]);
+    assert!(!services.mode_annotation && services.dsr_by_annotation().is_none());
+    assert!(about.len() == 1 && about[0].contains("bpf-lb-mode-annotation=true does not go with"), "{about:?}");
+}
+
+#[test]
 fn every_default_is_valid_and_reads_back_as_itself() {
     for key in KEYS {
         let mut config = defaults();

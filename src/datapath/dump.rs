@@ -5,11 +5,12 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
-    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, SETTING_ANSWER_PING,
-    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
-    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
+    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
+    FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
+    SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey,
+    SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    frontend_flags, proto,
 };
 
 use super::from_bytes;
@@ -50,7 +51,8 @@ pub(crate) fn backend_state(backend: &Backend) -> &'static str {
 pub(crate) fn backend(backend: &Backend) -> String {
     let state = backend_state(backend);
     let local = if backend.flags & BACKEND_LOCAL != 0 { " local" } else { "" };
-    format!("{}/{} {state}{local}", endpoint(backend.addr, backend.port), protocol(backend.proto))
+    let node = if backend.node() == 0 { String::new() } else { format!(" node={:#08x}", backend.node()) };
+    format!("{}/{} {state}{local}{node}", endpoint(backend.addr, backend.port), protocol(backend.proto))
 }
 
 /// The names of the bits that are set.
@@ -80,6 +82,7 @@ pub(crate) fn kind_and_flags(bits: u32) -> String {
             (frontend_flags::AFFINITY, "affinity"),
             (frontend_flags::SOURCE_RANGES, "source-ranges"),
             (frontend_flags::SOURCE_RANGES_DENY, "deny"),
+            (frontend_flags::FORWARDING_L2, "l2"),
         ],
     );
     format!("{kind} {names}")
@@ -106,7 +109,12 @@ fn flow_key(key: &FlowKey) -> String {
 fn flow_value(value: &FlowValue) -> String {
     let names = flags(
         value.flags.into(),
-        &[(FLOW_REPLY.into(), "reply"), (FLOW_REDIRECT.into(), "redirect"), (FLOW_FROM_LAN.into(), "lan")],
+        &[
+            (FLOW_REPLY.into(), "reply"),
+            (FLOW_REDIRECT.into(), "redirect"),
+            (FLOW_FROM_LAN.into(), "lan"),
+            (FLOW_HANDED_ON.into(), "handed-on"),
+        ],
     );
     let tcp = flags(
         value.tcp.into(),
@@ -119,7 +127,8 @@ fn flow_value(value: &FlowValue) -> String {
         ],
     );
     let (src, dst) = (endpoint(value.src, value.sport), endpoint(value.dst, value.dport));
-    format!("{src} -> {dst} backend={} {names} seen={tcp} last={}s", value.backend, value.last_seen / 1_000_000_000)
+    let last = value.last_seen / 1_000_000_000;
+    format!("{src} -> {dst} backend={} {names} seen={tcp} last={last}s", value.backend)
 }
 
 fn fragment_key(key: &FragmentKey) -> String {
@@ -147,9 +156,19 @@ fn device(value: &DeviceValue) -> String {
     format!("{} {} {ipv6} {ethernet}", mac(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
 }
 
+fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
+    let by = match key.node() {
+        Some(node) => format!("node {node:#08x}"),
+        None => format!("mac {}", mac(value.mac_bytes())),
+    };
+    let state = if value.flags & PEER_TAKES_NEW != 0 { "takes-new" } else { "keeps-old" };
+    let (v4, v6) = (Ipv4Addr::from(value.ipv4.to_ne_bytes()), IpAddr::from(value.ipv6));
+    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}", value.node, mac(value.mac_bytes()), value.ifindex))
+}
+
 fn settings(value: &Settings) -> String {
     format!(
-        "alive-at={}ns alive-for={}ns {} snat={}-{} maglev-seed={:#x} timeouts={:?}",
+        "alive-at={}ns alive-for={}ns {} snat={}-{} node-ports={}-{} maglev-seed={:#x} timeouts={:?}",
         value.alive_at,
         value.alive_for,
         flags(
@@ -163,6 +182,8 @@ fn settings(value: &Settings) -> String {
         ),
         value.snat_min,
         value.snat_max,
+        value.node_port_min,
+        value.node_port_max,
         value.maglev_seed,
         value.timeouts
     )
@@ -255,6 +276,7 @@ pub(crate) fn element(table: &str, key: &[u8], value: &[u8]) -> Option<(String, 
             Some((format!("{:?} dev {}", key.addr, key.ifindex), format!("responses-sent={}", value.responses_sent)))
         }
         "devices" => Some((number?, device(&from_bytes(value)?))),
+        "peers" => Some(peer(&from_bytes(key)?, &from_bytes(value)?)),
         "settings" => Some((number?, settings(&from_bytes(value)?))),
         "drops" => {
             let counter = sum(value);

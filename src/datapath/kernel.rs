@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FlowCount, FlowKey, FlowValue, FrontendKey,
-    FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, Settings, SocketKey, SocketValue, SourceRangeKey,
-    Timeouts, drop_slot,
+    FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, PeerKey, PeerValue, Settings, SocketKey,
+    SocketValue, SourceRangeKey, Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -292,6 +292,18 @@ impl MapStore for KernelMaps {
         self.remove("devices", &ifindex)
     }
 
+    fn read_peers(&self) -> Result<Vec<(PeerKey, PeerValue)>, MapError> {
+        self.scan("peers")
+    }
+
+    fn put_peer(&self, key: &PeerKey, peer: &PeerValue) -> Result<(), MapError> {
+        self.put("peers", key, peer)
+    }
+
+    fn delete_peer(&self, key: &PeerKey) -> Result<(), MapError> {
+        self.remove("peers", key)
+    }
+
     fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError> {
         let mut found = Vec::new();
         let table = self.table("drops");
@@ -369,7 +381,7 @@ impl MapStore for KernelMaps {
                 let table = self.table(name);
                 let mut entries = Some(0);
                 let counted = match name {
-                    "frontends" | "maglev" | "ranges" | "l2" | "devices" => {
+                    "frontends" | "maglev" | "ranges" | "l2" | "devices" | "peers" => {
                         table.scan(|_, _| entries = entries.map(|n| n + 1))
                     }
                     "slots" | "backends" => table.scan(|_, value| {

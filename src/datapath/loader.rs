@@ -59,6 +59,8 @@ pub struct MapSizes {
     pub l2: u32,
     /// Devices.
     pub devices: u32,
+    /// Other nodes, two elements each.
+    pub peers: u32,
 }
 
 impl MapSizes {
@@ -76,6 +78,7 @@ impl MapSizes {
             "ranges" => Some(self.ranges),
             "l2" => Some(self.l2),
             "devices" => Some(self.devices),
+            "peers" => Some(self.peers),
             _ => None,
         }
     }
@@ -113,6 +116,7 @@ impl Default for MapSizes {
             ranges: 65_536,
             l2: 4096,
             devices: 256,
+            peers: 8192,
         }
     }
 }
@@ -354,6 +358,7 @@ const NAMES: [&str; TABLES.len()] = [
     "RANGES",
     "L2",
     "DEVICES",
+    "PEERS",
     "SETTINGS",
     "DROPS",
     "COUNTS",

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kinesin_abi::{
     Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FLOW_COUNTS, FlowCount, FlowKey, FlowValue,
-    L2Key, L2Value, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
+    L2Key, L2Value, PeerKey, PeerValue, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -206,6 +206,19 @@ impl MapStore for MemoryMaps {
 
     fn delete_device(&self, ifindex: u32) -> Result<(), MapError> {
         self.remove("devices", bytes_of(&ifindex));
+        Ok(())
+    }
+
+    fn read_peers(&self) -> Result<Vec<(PeerKey, PeerValue)>, MapError> {
+        Ok(self.all("peers"))
+    }
+
+    fn put_peer(&self, key: &PeerKey, peer: &PeerValue) -> Result<(), MapError> {
+        self.put("peers", bytes_of(key), bytes_of(peer).to_vec())
+    }
+
+    fn delete_peer(&self, key: &PeerKey) -> Result<(), MapError> {
+        self.remove("peers", bytes_of(key));
         Ok(())
     }
 

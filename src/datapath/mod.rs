@@ -25,8 +25,8 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use kinesin_abi::{
-    DeviceValue, Direction, DropCounter, DropReason, FlowCount, L2Key, L2Value, Settings, SocketKey, SocketValue,
-    Timeouts,
+    DeviceValue, Direction, DropCounter, DropReason, FlowCount, L2Key, L2Value, PeerKey, PeerValue, Settings,
+    SocketKey, SocketValue, Timeouts,
 };
 use kinesin_core::plan::{Actual, Op};
 use serde::Serialize;
@@ -43,7 +43,7 @@ pub use moving::Moving;
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
-pub const TABLES: [&str; 15] = [
+pub const TABLES: [&str; 16] = [
     "frontends",
     "slots",
     "backends",
@@ -56,6 +56,7 @@ pub const TABLES: [&str; 15] = [
     "ranges",
     "l2",
     "devices",
+    "peers",
     "settings",
     "drops",
     "counts",
@@ -144,6 +145,13 @@ pub trait MapStore: Send + Sync + 'static {
     fn put_device(&self, ifindex: u32, device: &DeviceValue) -> Result<(), MapError>;
     /// Removes a device; a missing one is no error.
     fn delete_device(&self, ifindex: u32) -> Result<(), MapError>;
+
+    /// Nodes that packets are handed on to, and whom they come from.
+    fn read_peers(&self) -> Result<Vec<(PeerKey, PeerValue)>, MapError>;
+    /// Adds or replaces an entry of a peer.
+    fn put_peer(&self, key: &PeerKey, peer: &PeerValue) -> Result<(), MapError>;
+    /// Removes an entry of a peer; a missing one is no error.
+    fn delete_peer(&self, key: &PeerKey) -> Result<(), MapError>;
 
     /// Packets dropped, summed over the CPUs; counters at zero are left out.
     fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError>;

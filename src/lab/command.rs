@@ -154,6 +154,7 @@ impl Show {
         let first = self.wait_for_owner(address, &[]).await?;
         self.say(&format!("{address} was given to {} and belongs to {}", manifests::SERVICE, first.name()));
         self.check_wire(address, &first).await?;
+        self.check_client(address, &first).await?;
         self.start_load(address)?;
         self.wait_for_backends("every backend has answered ten requests", |_, (_, now)| now >= 10).await?;
         let calm = self.totals();
@@ -162,6 +163,33 @@ impl Show {
 
         self.kill_agent(&first).await?;
         self.cut_power(address, &first).await
+    }
+
+    /// A pod on another node than the address's owner is asked who asks: it should be the client itself, as soon as the
+    /// nodes know each other.
+    async fn check_client(&mut self, address: Ipv4Addr, owner: &Node) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let client = self.lab.client().clone();
+        let mut last = None;
+        while Instant::now() < deadline {
+            let asked = client.get(&format!("http://{address}/")).await;
+            let elsewhere = asked.ok().and_then(|answer| answer.backend).filter(|backend| backend.node != owner.name());
+            if let Some(backend) = elsewhere {
+                let itself = backend.client.ip() == client.address();
+                last = Some(backend);
+                if itself {
+                    break;
+                }
+            }
+            tokio::time::sleep(LOOK / 10).await;
+        }
+        let Some(backend) = last else {
+            bail!("no pod on another node than {} answered within {PATIENCE:?}", owner.name())
+        };
+        let (pod, node, seen) = (&backend.pod, &backend.node, backend.client.ip());
+        self.say(&format!("{pod} on {node} sees the client as {seen}, although {} owns {address}", owner.name()));
+        self.check("pods on other nodes see the client's own address", seen == client.address());
+        Ok(())
     }
 
     /// The agent alone dies: the kernel goes on.

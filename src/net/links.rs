@@ -209,6 +209,7 @@ fn device(message: &LinkMessage) -> Device {
             LinkAttribute::IfName(name) => device.name = name.into(),
             LinkAttribute::Address(bytes) if ethernet => device.mac = bytes.as_slice().try_into().ok(),
             LinkAttribute::Controller(master) => device.master = Some(*master),
+            LinkAttribute::Mtu(mtu) => device.mtu = *mtu,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net};
 use kinesin_core::devices::Device;
 use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkMessage};
-use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::task::JoinHandle;
@@ -209,6 +209,17 @@ impl Rtnl {
             Some(Neighbour { ifindex: header.ifindex, address: address?, mac, state: header.state })
         });
         Ok(entries.collect())
+    }
+
+    /// Makes the kernel find out whether a neighbour answers, unless it has answered lately (`NTF_USE`). The answer is in the
+    /// table later. Not for entries that are permanent: they would no longer be.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub async fn ask_neighbour(&self, ifindex: u32, address: IpAddr) -> Result<(), NetError> {
+        let ask = self.handle.neighbours().add(ifindex, address).state(NeighbourState::None);
+        let what = format!("ask for {address} on interface {ifindex}");
+        ask.flags(NeighbourFlags::Use).replace().execute().await.map_err(NetError::netlink(what))
     }
 
     async fn set(&self, message: LinkMessage, what: String) -> Result<(), NetError> {

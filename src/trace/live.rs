@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     AffinityKey, AffinityValue, Backend, BackendId, BackendState, DeviceValue, FlowKey, FlowValue, FrontendKey,
-    FrontendValue, L2Key, SLOT_EMPTY, SetRef, Settings, SourceRangeKey, proto,
+    FrontendValue, L2Key, PeerKey, PeerValue, SLOT_EMPTY, SetRef, Settings, SourceRangeKey, proto,
 };
 use kinesin_core::trace::{Attached, Hook, Hop, RouteQuery, View};
 use tokio::runtime::Handle;
@@ -117,6 +117,10 @@ impl View for Live {
 
     fn device(&self, ifindex: u32) -> Result<Option<DeviceValue>, TraceError> {
         self.get("devices", &ifindex)
+    }
+
+    fn peer(&self, key: &PeerKey) -> Result<Option<PeerValue>, TraceError> {
+        self.get("peers", key)
     }
 
     fn settings(&self) -> Result<Settings, TraceError> {

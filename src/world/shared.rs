@@ -46,6 +46,17 @@ pub struct MapsHandle {
     pub hooks: Vec<HookStatus>,
 }
 
+impl MapsHandle {
+    /// Whether both programs of a device are attached.
+    pub fn serves(&self, device: &str) -> bool {
+        let attached = |way: &str| {
+            let place = format!("{device} {way}");
+            self.hooks.iter().any(|hook| hook.place == place && hook.is_ok())
+        };
+        attached("ingress") && attached("egress")
+    }
+}
+
 impl PartialEq for MapsHandle {
     fn eq(&self, other: &Self) -> bool {
         self.generation == other.generation && self.hooks == other.hooks && self.limits == other.limits

@@ -87,7 +87,7 @@ impl Api for Sample {
                 ..ConnectionsView::default()
             },
             leader: Some("pi-2".into()),
-            members: vec![MemberView { node: "pi-2".into(), state: "alive".into(), last_seen: None }],
+            members: vec![MemberView { node: "pi-2".into(), state: "alive".into(), ..MemberView::default() }],
             problems: vec!["service shop/web: no pool contains 10.9.9.9".into()],
         };
         async { view }.boxed()

@@ -170,6 +170,7 @@ fn every_table_can_be_tampered_with() {
                         "sockets" => (32, 24),
                         "affinity" => (24, 16),
                         "l2" => (20, 8),
+                        "peers" => (8, 36),
                         other => panic!("{other} is empty"),
                     };
                     (vec![1; sizes.0], vec![2; sizes.1])
@@ -235,6 +236,7 @@ fn another_size_keeps_every_entry() {
             ranges: 2048,
             l2: 128,
             devices: 32,
+            peers: 32,
         };
         let mut second = Datapath::load(&LoadOptions { max_entries: bigger, ..options(root.path()) }).unwrap();
         let moved = second.take_moving().expect("tables of connections are moved").finish();

@@ -111,6 +111,7 @@ pub(crate) fn small() -> MapSizes {
         ranges: 1024,
         l2: 64,
         devices: 16,
+        peers: 16,
     }
 }
 
@@ -164,6 +165,9 @@ pub(crate) fn settings() -> Settings {
         snat_max: 65_000,
         maglev_seed: 7,
         timeouts: Timeouts::DEFAULT,
+        node_port_min: 30_000,
+        node_port_max: 32_767,
+        pad: 0,
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Device {
     pub master: Option<u32>,
     /// Its addresses with the length of their prefixes.
     pub addresses: Vec<IpNet>,
+    /// Longest packet, bytes; 0 where that is not known.
+    pub mtu: u32,
     /// `IFF_LOOPBACK`
     pub is_loopback: bool,
     /// `IFF_SLAVE`

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef,
-    SourceRangeKey, frontend_flags,
+    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, NodeTag, SLOT_EMPTY,
+    SetRef, SourceRangeKey, frontend_flags,
 };
 
+use super::places;
 use super::slots::Slots;
 use super::{Limits, Op};
 use crate::maglev;
@@ -20,7 +21,7 @@ use crate::services::ServiceKey;
 /// What identifies a backend.
 pub(super) type BackendKey = (Addr, Be16, u8);
 
-/// One backend. 52 bytes; with its place in `ids` about 60 bytes a backend.
+/// One backend. 56 bytes; with its place in `ids` about 64 bytes a backend.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BackendEntry {
     /// In the map.
@@ -29,6 +30,8 @@ pub(super) struct BackendEntry {
     pub(super) claims: [u32; 4],
     /// How many services claim that it is local.
     pub(super) local: u32,
+    /// Where all claims say that it runs; see [`Image::disputed`] for when they differ.
+    pub(super) node: NodeTag,
     /// How many slots hold it.
     pub(super) slots: u32,
     /// Found at the start; somebody may still claim it, so it stays until the prune.
@@ -50,13 +53,28 @@ impl BackendEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claim {
     pub(super) id: BackendId,
-    pub(super) state: u8,
-    pub(super) local: bool,
+    /// [`Backend::flags`], and in bits that these do not use, the state.
+    said: u32,
 }
+
+/// Where [`Claim::said`] has the state, which is below 8.
+const STATE_SHIFT: u32 = 1;
 
 impl Claim {
     pub(super) fn new(id: BackendId, value: &Backend) -> Self {
-        Self { id, state: value.state, local: value.flags & BACKEND_LOCAL != 0 }
+        Self { id, said: value.flags | u32::from(value.state) << STATE_SHIFT }
+    }
+
+    fn state(self) -> Option<BackendState> {
+        state_from((self.said >> STATE_SHIFT & 0b111) as u8)
+    }
+
+    fn is_local(self) -> bool {
+        self.said & BACKEND_LOCAL != 0
+    }
+
+    fn node(self) -> NodeTag {
+        Backend { flags: self.said, ..Backend::default() }.node()
     }
 }
 
@@ -103,6 +121,8 @@ impl FrontendEntry {
 pub(super) struct Stages {
     backends: Vec<Op>,
     slots: Vec<Op>,
+    /// Slots whose member has moved to where only the new counts reach.
+    late_slots: Vec<Op>,
     tables: Vec<Op>,
     /// Frontends that no longer ask a list of clients not served: before that list grows for others.
     opened: Vec<Op>,
@@ -153,6 +173,7 @@ impl Stages {
         ops.append(&mut self.deletes);
         ops.append(&mut self.range_deletes);
         ops.append(&mut self.closed);
+        ops.append(&mut self.late_slots);
         ops.append(&mut self.table_deletes);
         ops.append(&mut self.empties);
         ops.append(&mut self.frees);
@@ -176,6 +197,8 @@ pub(super) struct Image {
     /// Ids by their backends' keys. The keys are in `backends` and not here once more.
     ids: HashTable<BackendId>,
     hasher: RandomState,
+    /// Backends about whose node services disagree: how many say what. Packets to them are not handed on.
+    disputed: HashMap<BackendId, BTreeMap<NodeTag, u32>>,
     /// Free ids below `backends.len()`, the one free for longest first.
     released: VecDeque<BackendId>,
     used: usize,
@@ -208,6 +231,7 @@ impl Image {
             backends: vec![BackendEntry::default()],
             ids: HashTable::new(),
             hasher: RandomState::new(),
+            disputed: HashMap::new(),
             released: VecDeque::new(),
             used: 0,
             slots: Vec::new(),
@@ -265,17 +289,36 @@ impl Image {
             self.take_id(id, value);
         }
         let entry = &mut self.backends[id as usize];
+        let before = entry.claims.iter().sum();
         entry.claims[state as usize - 1] += 1;
         entry.local += value.flags & BACKEND_LOCAL;
+        let node = value.node();
+        if let Some(said) = self.disputed.get_mut(&id) {
+            *said.entry(node).or_default() += 1;
+        } else if before == 0 {
+            entry.node = node;
+        } else if entry.node != node {
+            self.disputed.insert(id, BTreeMap::from([(entry.node, before), (node, 1)]));
+        }
     }
 
     /// Takes a service's claim back.
     pub(super) fn unclaim(&mut self, claim: Claim, stages: &mut Stages) {
-        let Some(state) = state_from(claim.state) else { return };
+        let Some(state) = claim.state() else { return };
         let Some(entry) = self.backends.get_mut(claim.id as usize) else { return };
         let count = &mut entry.claims[state as usize - 1];
         *count = count.saturating_sub(1);
-        entry.local = entry.local.saturating_sub(u32::from(claim.local));
+        entry.local = entry.local.saturating_sub(u32::from(claim.is_local()));
+        if let Some(said) = self.disputed.get_mut(&claim.id) {
+            if let Some(count) = said.get_mut(&claim.node()) {
+                *count = count.saturating_sub(1);
+            }
+            said.retain(|_, count| *count > 0);
+            if said.len() <= 1 {
+                entry.node = said.keys().next().copied().unwrap_or_default();
+                self.disputed.remove(&claim.id);
+            }
+        }
         stages.touched.push(claim.id);
     }
 
@@ -284,11 +327,11 @@ impl Image {
     pub(super) fn settle(&mut self, id: BackendId, is_new: bool, stages: &mut Stages) {
         let Some(entry) = self.backends.get_mut(id as usize) else { return };
         let Some(best) = entry.claims.iter().position(|n| *n > 0) else { return };
-        let mut value =
-            Backend { state: best as u8 + 1, flags: if entry.local > 0 { BACKEND_LOCAL } else { 0 }, ..entry.value };
+        let node = if self.disputed.contains_key(&id) { 0 } else { entry.node };
+        let local = entry.local > 0 || entry.adopted && entry.value.flags & BACKEND_LOCAL != 0;
+        let mut value = Backend { state: best as u8 + 1, flags: Backend::flags_of(local, node), ..entry.value };
         if entry.adopted {
             value.state = value.state.min(entry.value.state);
-            value.flags |= entry.value.flags;
         }
         if is_new || value != entry.value {
             entry.value = value;
@@ -389,53 +432,41 @@ impl Image {
     }
 
     fn set_slot(&mut self, index: u32, id: BackendId, stages: &mut Stages) {
+        if let Some(op) = self.move_to_slot(index, id, stages) {
+            let stage = if id == SLOT_EMPTY { &mut stages.empties } else { &mut stages.slots };
+            stage.push(op);
+        }
+    }
+
+    /// The write that makes a slot hold this, if it does not; for the caller to put in its stage.
+    fn move_to_slot(&mut self, index: u32, id: BackendId, stages: &mut Stages) -> Option<Op> {
         let before = self.slot(index);
         if before == id {
-            return;
+            return None;
         }
         self.note_slot(index, id);
         if before != SLOT_EMPTY {
             stages.touched.push(before);
         }
-        let stage = if id == SLOT_EMPTY { &mut stages.empties } else { &mut stages.slots };
-        stage.push(Op::Slot(index, id));
+        Some(Op::Slot(index, id))
     }
 
-    /// Makes a block hold `members` with the fewest writes: who stays keeps its slot, new ones take the places of those
-    /// that leave, and when there are fewer than before, the last ones close the gaps. No slot that a frontend may still
-    /// count is empty in between, because emptying comes after the counts are lowered.
+    /// Makes a block hold `members` with the fewest writes, those on this node first: see [`places`]. No slot that a
+    /// frontend may still count is empty in between, because emptying comes after the counts are lowered.
     pub(super) fn fill(&mut self, base: u32, members: &[BackendId], stages: &mut Stages) {
         let Some(block) = self.blocks.get(&base) else { return };
         let (old_len, order) = (block.len, block.order);
-        let mut wanted: HashMap<BackendId, bool> = members.iter().map(|id| (*id, false)).collect();
-        let mut places: Vec<Option<BackendId>> = self
-            .content(base)
-            .map(|id| match wanted.get_mut(&id) {
-                Some(placed) if !*placed => {
-                    *placed = true;
-                    Some(id)
-                }
-                _ => None,
-            })
-            .collect();
-        let mut new = members.iter().copied().filter(|id| wanted.get(id) == Some(&false));
-        for place in places.iter_mut().filter(|place| place.is_none()) {
-            *place = new.next();
+        let old: Vec<BackendId> = self.content(base).collect();
+        let is_local = |id| self.backend(id).is_some_and(|entry| entry.value.flags & BACKEND_LOCAL != 0);
+        let new = places::arrange(&old, members, is_local);
+        let len = new.len() as u32;
+        let moves = places::moves(&old, &new);
+        for (index, id) in moves.first {
+            self.set_slot(base + index as u32, id, stages);
         }
-        places.extend(new.map(Some));
-        let mut gap = 0;
-        while gap < places.len() {
-            if places[gap].is_some() {
-                gap += 1;
-            } else if let Some(last) = places.pop()
-                && gap < places.len()
-            {
-                places[gap] = last;
-            }
-        }
-        let len = places.len() as u32;
-        for (index, id) in (base..).zip(places.into_iter().flatten()) {
-            self.set_slot(index, id, stages);
+        for (index, id) in moves.late {
+            let op = self.move_to_slot(base + index as u32, id, stages);
+            stages.late_slots.extend(op);
         }
         for index in base + len..base + old_len.max(len) {
             self.set_slot(index, SLOT_EMPTY, stages);

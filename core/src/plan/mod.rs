@@ -8,6 +8,7 @@ mod adopt;
 mod image;
 mod meaning;
 mod phases;
+mod places;
 mod planner;
 mod room;
 mod service;

@@ -13,6 +13,7 @@ use smol_str::SmolStr;
 use super::image::{BackendKey, Claim, Stages, key_of};
 use super::room::{Members, scopes};
 use super::{Op, PlanError, Planner};
+use crate::peers;
 use crate::services::{BackendRef, Compiled, ServiceKey};
 
 /// What the planner remembers of a service.
@@ -245,13 +246,15 @@ impl Planner {
                     port: Be16::new(backend.port),
                     proto: backend.proto,
                     state: backend.state as u8,
-                    flags: if backend.local { BACKEND_LOCAL } else { 0 },
+                    flags: Backend::flags_of(backend.local, peers::tag(&backend.node)),
                 };
                 values
                     .entry(key_of(&value))
                     .and_modify(|known| {
                         known.state = known.state.min(value.state);
-                        known.flags |= value.flags;
+                        // The same pod twice in one service; that its node has two names nobody can mean.
+                        let node = if known.node() == value.node() { known.node() } else { 0 };
+                        known.flags = Backend::flags_of((known.flags | value.flags) & BACKEND_LOCAL != 0, node);
                     })
                     .or_insert(value);
             }

@@ -6,6 +6,7 @@
 //! the faster heartbeats that come with the full ownership protocol.
 
 pub mod election;
+mod link;
 mod record;
 
 #[cfg(test)]
@@ -19,6 +20,7 @@ use smol_str::SmolStr;
 
 use crate::objects::Lease;
 pub use election::{Election, Timing};
+pub use link::Link;
 pub use record::{ANNOTATION, Record, RecordError};
 
 /// Prefix of the names of presence Leases; the node's name follows.

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smol_str::SmolStr;
 
+use super::Link;
 use crate::objects::Lease;
 
 /// The annotation.
@@ -32,6 +33,9 @@ pub struct Record {
     /// Selected devices that can carry frames now.
     #[serde(rename = "d", default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<SmolStr>,
+    /// Links on which it takes packets that others hand on to it as they are; none while its programs are not ready.
+    #[serde(rename = "l", default, skip_serializing_if = "Vec::is_empty")]
+    pub links: Vec<Link>,
     /// Addresses that it answers for, sorted.
     #[serde(
         rename = "c",

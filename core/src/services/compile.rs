@@ -8,7 +8,10 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend, SourceRanges, exposure, health, ranges, topology};
+use super::{
+    BackendRef, BackendSet, Compiled, Forwarding, Frontend, SourceRanges, exposure, forwarding, health, ranges,
+    topology,
+};
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
 
@@ -50,6 +53,12 @@ pub struct NodeContext {
     pub ipv6: bool,
     /// `bpf-lb-algorithm`
     pub algorithm: Algorithm,
+    /// `bpf-lb-mode` and `bpf-lb-dsr-dispatch`
+    pub forwarding: Forwarding,
+    /// `bpf-lb-mode-annotation`: what the annotation's `dsr` means; `None` while annotations do not count.
+    pub dsr_by_annotation: Option<Forwarding>,
+    /// `bpf-lb-algorithm-annotation`
+    pub algorithm_by_annotation: bool,
     /// `k8s-service-proxy-name`; empty means Services without that label.
     pub proxy_name: SmolStr,
     /// `default-lb-service-ipam` is `lbipam`: Services without `loadBalancerClass` are ours, and get wildcards.
@@ -84,6 +93,9 @@ impl Default for NodeContext {
             ipv4: true,
             ipv6: true,
             algorithm: Algorithm::Random,
+            forwarding: Forwarding::default(),
+            dsr_by_annotation: None,
+            algorithm_by_annotation: false,
             proxy_name: SmolStr::default(),
             default_lb_ipam: true,
             external_cluster_ip: false,
@@ -102,7 +114,8 @@ impl Default for NodeContext {
 ///
 /// Nothing comes out of headless and ExternalName Services, of those that name another proxy, and of those whose
 /// annotations `service.cilium.io/node-selector` or `/node` leave this node out; `service.cilium.io/type` leaves one kind
-/// of frontend, and external IPs. Otherwise, for each port:
+/// of frontend, and external IPs; `service.cilium.io/forwarding-mode` and `/lb-algorithm` count where the configuration
+/// says so. Otherwise, for each port:
 ///
 /// | Frontend | Addresses | Backends from outside | Backends from the cluster |
 /// |---|---|---|---|
@@ -139,7 +152,10 @@ pub fn compile<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointS
     }
     let slices: Vec<&EndpointSlice> = slices.collect();
     let ranges = ranges::source_ranges(service, &mut problems);
-    let mut builder = Builder { service, node, out: BTreeMap::new(), sets: Vec::new(), affinity: 0, ranges, problems };
+    let forwarding = forwarding::of(service, node, &mut problems);
+    let algorithm = forwarding::algorithm(service, node, &mut problems);
+    let (out, sets) = (BTreeMap::new(), Vec::new());
+    let mut builder = Builder { service, node, out, sets, affinity: 0, ranges, forwarding, algorithm, problems };
     builder.affinity = builder.affinity_timeout();
     let mut health = health::Tally::of(service, node);
     let prefer = topology::preference(service, node, &mut builder.problems);
@@ -214,6 +230,8 @@ pub(super) struct Builder<'a> {
     sets: Vec<BackendSet>,
     affinity: u32,
     ranges: Option<SourceRanges>,
+    forwarding: Forwarding,
+    algorithm: Algorithm,
     pub(super) problems: Problems,
 }
 
@@ -371,8 +389,11 @@ impl Builder<'_> {
         set_if(ranges.is_some(), flags::SOURCE_RANGES);
         set_if(ranges.is_some_and(|ranges| ranges.deny), flags::SOURCE_RANGES_DENY);
         // Only sockets meet the surrogate addresses, and they choose at random.
-        let tabled = self.node.algorithm == Algorithm::Maglev && routable && !addr.is_unspecified();
+        let tabled = self.algorithm == Algorithm::Maglev && routable && !addr.is_unspecified();
         set_if(tabled, flags::MAGLEV);
+        // Nothing leaves the node for backends that are all on it.
+        let leaves = routable && !addr.is_unspecified() && !external_local;
+        set_if(leaves, self.forwarding.of(proto).flag());
 
         let internal = self.set(sets, addr.is_ipv4(), internal_local);
         let external = if external_local { self.set(sets, addr.is_ipv4(), true) } else { internal };

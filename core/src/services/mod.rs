@@ -8,6 +8,7 @@
 mod compile;
 mod endpoints;
 mod exposure;
+mod forwarding;
 mod health;
 mod host_ports;
 mod index;
@@ -19,6 +20,7 @@ mod view;
 mod wide;
 
 pub use compile::{Algorithm, NodeContext, compile};
+pub use forwarding::{Dispatch, Forwarding};
 pub use health::{HealthCheck, HealthPorts};
 pub use host_ports::{HostContext, host_ports, object_of};
 pub use index::SliceIndex;

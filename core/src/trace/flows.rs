@@ -1,8 +1,8 @@
 //! Connections, as `ebpf/programs/src/flows.rs` finds and opens them.
 
 use kinesin_abi::{
-    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SLOT_EMPTY, SetRef, Settings,
-    TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
+    Addr, Backend, BackendState, Be16, FLOW_HANDED_ON, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SLOT_EMPTY, SetRef,
+    Settings, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
 };
 
 use super::{FlowDirection, Port, Step, Tracer, Tuple, View};
@@ -41,7 +41,8 @@ impl<V: View> Tracer<'_, V> {
             self.say(Step::NoFlow);
             return Ok(None);
         };
-        let past = if self.packet.proto == proto::TCP && tcp_closed(flow.tcp) {
+        let ended = tcp_closed(flow.tcp) || flow.flags & FLOW_HANDED_ON != 0 && flow.tcp & TCP_SEEN_FIN != 0;
+        let past = if self.packet.proto == proto::TCP && ended {
             Some("the connection is over, and a SYN begins another one".to_owned())
         } else if flow.flags & FLOW_REPLY == 0 && !self.serves(&flow)? {
             Some("its backend takes no packets any more".to_owned())

@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey,
-    FrontendValue, L2Key, SETTING_REJECT_NO_BACKEND, Settings, frontend_flags, proto,
+    Addr, BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    FrontendKey, FrontendKind, FrontendValue, L2Key, NodeTag, PEER_TAKES_NEW, PeerKey, SETTING_REJECT_NO_BACKEND,
+    Settings, frontend_flags, proto,
 };
 
 use super::flows::tuple;
@@ -82,7 +83,15 @@ impl<V: View> Tracer<'_, V> {
     /// TCP, UDP or SCTP.
     fn ported(&mut self, ifindex: u32) -> Result<Vec<Way>, V::Error> {
         if let Some(flow) = self.find_flow()? {
-            return self.follow(ifindex, &flow);
+            if flow.flags & FLOW_HANDED_ON == 0 {
+                return self.follow(ifindex, &flow);
+            }
+            let backend = self.view.backend(flow.backend)?.filter(|backend| backend.addr == flow.dst);
+            if let Some(backend) = backend
+                && let Some(verdict) = self.hand_on(ifindex, backend.node(), 0)?
+            {
+                return Ok(sure(verdict));
+            }
         }
         let exact = self.frontend_key(Be16::new(self.packet.dport), self.packet.proto);
         if let Some(frontend) = self.view.frontend(&exact)? {
@@ -133,6 +142,16 @@ impl<V: View> Tracer<'_, V> {
         Ok(sure(verdict))
     }
 
+    /// To the node of a backend as it is, where that is a neighbour on the packet's device with these flags.
+    fn hand_on(&self, ifindex: u32, node: NodeTag, flags: u16) -> Result<Option<Verdict>, V::Error> {
+        let peer = self.view.peer(&PeerKey::of_node(node))?;
+        let peer = peer.filter(|peer| peer.ifindex == ifindex && peer.flags & flags == flags);
+        Ok(peer.map(|peer| Verdict::HandedOn {
+            mac: peer.mac_bytes().map(|byte| format!("{byte:02x}")).join(":"),
+            device: self.view.device_name(ifindex),
+        }))
+    }
+
     /// The first packet of a connection to one of our frontends.
     fn begin(&mut self, ifindex: u32, frontend: &FrontendValue) -> Result<Vec<Way>, V::Error> {
         let drop = |reason| Ok(sure(Verdict::dropped(reason)));
@@ -152,7 +171,7 @@ impl<V: View> Tracer<'_, V> {
         let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
         let mut ways = Vec::with_capacity(candidates.len());
         for candidate in candidates {
-            ways.push(self.to_backend(ifindex, candidate)?);
+            ways.push(self.to_backend(ifindex, frontend, candidate)?);
         }
         if left > 1e-9 {
             let verdict = Verdict::dropped(DropReason::NoBackend);
@@ -169,8 +188,24 @@ impl<V: View> Tracer<'_, V> {
         Ok(sure(Verdict::Dropped { reason: reason.text().into(), number: reason as u8, told }))
     }
 
-    fn to_backend(&self, ifindex: u32, (chance, id, backend): Candidate) -> Result<Way, V::Error> {
+    fn to_backend(
+        &self,
+        ifindex: u32,
+        frontend: &FrontendValue,
+        (chance, id, backend): Candidate,
+    ) -> Result<Way, V::Error> {
         let mut steps = vec![Step::Backend(member(id, &backend))];
+        // Peers know only a node's primary addresses.
+        let known =
+            frontend.flags & frontend_flags::KIND != FrontendKind::NodePort as u32 || self.own_address(ifindex)?;
+        let l2 = frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2;
+        if backend.flags & BACKEND_LOCAL == 0
+            && l2
+            && known
+            && let Some(verdict) = self.hand_on(ifindex, backend.node(), PEER_TAKES_NEW)?
+        {
+            return Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict });
+        }
         let verdict = self.deliver(ifindex, &backend, &mut steps)?;
         Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict })
     }

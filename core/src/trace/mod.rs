@@ -6,7 +6,7 @@
 //! programs in the kernel, on the same maps. Where this and the programs differ, this is wrong.
 //!
 //! A traced packet is the first of a connection as far as nothing says otherwise: TCP is a SYN, ICMP is an echo request,
-//! nothing is fragmented, expired or too long.
+//! nothing is fragmented, expired or too long, and it comes from the client and not from a node that hands it on.
 //!
 //! Deliberately absent: reading maps and routing tables (`src/trace`), and what other programs or the host's firewall do
 //! with a packet that is handed on.
@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     Addr, AffinityKey, AffinityValue, Backend, BackendId, Be16, DeviceValue, FlowKey, FlowValue, FrontendKey,
-    FrontendValue, L2Key, SetRef, Settings, SourceRangeKey,
+    FrontendValue, L2Key, PeerKey, PeerValue, SetRef, Settings, SourceRangeKey,
 };
 use serde::{Deserialize, Serialize};
 
@@ -147,6 +147,8 @@ pub trait View {
     fn announced(&self, key: &L2Key) -> Result<bool, Self::Error>;
     /// An entry of `devices`.
     fn device(&self, ifindex: u32) -> Result<Option<DeviceValue>, Self::Error>;
+    /// An entry of `peers`.
+    fn peer(&self, key: &PeerKey) -> Result<Option<PeerValue>, Self::Error>;
     /// What the programs are told.
     fn settings(&self) -> Result<Settings, Self::Error>;
     /// Whether the agent serves a device: its programs are there, or should be. `devices` also holds those of pods.

@@ -282,6 +282,13 @@ pub enum Verdict {
         /// The device.
         device: String,
     },
+    /// Sent on as it is to the node of its backend, which translates it.
+    HandedOn {
+        /// The node's MAC.
+        mac: String,
+        /// The device.
+        device: String,
+    },
     /// Answered by the program.
     Answered {
         /// With what.

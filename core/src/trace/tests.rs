@@ -57,6 +57,9 @@ impl View for Fake {
         let ipv4 = u32::from_ne_bytes([192, 168, 1, 10]);
         Ok((ifindex == LAN).then_some(DeviceValue { flags: DEVICE_ETHERNET, ipv4, ..DeviceValue::default() }))
     }
+    fn peer(&self, _: &PeerKey) -> Result<Option<PeerValue>, Infallible> {
+        Ok(None)
+    }
     fn settings(&self) -> Result<Settings, Infallible> {
         let flags = SETTING_REJECT_NO_BACKEND;
         Ok(Settings { alive_at: NOW, alive_for: 1, flags, snat_min: 61_000, snat_max: 61_001, ..Settings::default() })

@@ -182,6 +182,12 @@ impl fmt::Display for Verdict {
             Self::Pass { why } => write!(f, "left as it is: {why}"),
             Self::Translated(tuple) => write!(f, "becomes {tuple}, and the host's stack goes on with it"),
             Self::Sent { tuple, device } => write!(f, "becomes {tuple}, and leaves by {device}"),
+            Self::HandedOn { mac, device } => {
+                write!(
+                    f,
+                    "goes on as it is to {mac}, the node of the backend, by {device}, and that node answers the client"
+                )
+            }
             Self::Answered { with } => write!(f, "answered at once: {with}"),
             Self::Dropped { reason, number, told } => {
                 write!(f, "dropped: {reason} ({number})")?;

@@ -35,7 +35,7 @@ pub struct FlowValue {
     pub sport: Be16,
     /// New destination port.
     pub dport: Be16,
-    /// [`FLOW_REPLY`], [`FLOW_REDIRECT`], [`FLOW_FROM_LAN`].
+    /// [`FLOW_REPLY`], [`FLOW_REDIRECT`], [`FLOW_FROM_LAN`], [`FLOW_HANDED_ON`].
     pub flags: u8,
     /// `TCP_SEEN_*` of both directions; kept in both entries, so that either tells whether the connection is over.
     pub tcp: u8,
@@ -55,6 +55,9 @@ pub const FLOW_REPLY: u8 = 1;
 pub const FLOW_REDIRECT: u8 = 2;
 /// The client's packets come in on a device (as opposed to a local socket).
 pub const FLOW_FROM_LAN: u8 = 4;
+/// The packets go to the backend's node as they are, which translates them and answers the client itself. There is no
+/// entry of the other direction, whose packets do not come by here; the new addresses only say which backend was meant.
+pub const FLOW_HANDED_ON: u8 = 8;
 
 /// The client's side sent FIN.
 pub const TCP_SEEN_FIN: u8 = 1;

@@ -13,6 +13,7 @@ mod affinity;
 mod drop;
 mod flow;
 mod hash;
+mod peer;
 mod range;
 mod service;
 mod settings;
@@ -21,17 +22,18 @@ pub use addr::{Addr, Be16};
 pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
-    FLOW_COUNTS, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, Timeouts,
-    tcp_closed,
+    FLOW_COUNTS, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
+    FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    TCP_SEEN_RST, Timeouts, tcp_closed,
 };
 pub use hash::maglev_index;
+pub use peer::{PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 pub use range::{
     SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
 };
 pub use service::{
-    BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, SLOT_EMPTY, SetRef,
-    frontend_flags,
+    BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, NODE_TAG_MAX, NodeTag,
+    SLOT_EMPTY, SetRef, frontend_flags,
 };
 pub use settings::{
     DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,

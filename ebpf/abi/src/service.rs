@@ -74,6 +74,12 @@ pub mod frontend_flags {
     pub const SOURCE_RANGES: u32 = 1 << 9;
     /// The ranges are those of the clients that are not served, not of those that are.
     pub const SOURCE_RANGES_DENY: u32 = 1 << 10;
+    /// Mask of how packets get to backends on other nodes.
+    pub const FORWARDING: u32 = 0b111 << 11;
+    /// With this node's address as source, so that replies come back here.
+    pub const FORWARDING_SNAT: u32 = 0;
+    /// As they are, to a node on the same segment; see [`crate::PeerValue`]. To other nodes as with `FORWARDING_SNAT`.
+    pub const FORWARDING_L2: u32 = 1 << 11;
 }
 
 /// Why a frontend exists.
@@ -104,8 +110,32 @@ pub struct Backend {
     pub proto: u8,
     /// [`BackendState`].
     pub state: u8,
-    /// [`BACKEND_LOCAL`].
+    /// [`BACKEND_LOCAL`]; from bit 8 on the [`NodeTag`].
     pub flags: u32,
+}
+
+/// Stands for a node's name: 24 bits of a hash, so that every agent finds the same number without asking anybody, and a
+/// restarted one finds it again. 0 is no node.
+pub type NodeTag = u32;
+
+/// The highest tag.
+pub const NODE_TAG_MAX: NodeTag = (1 << 24) - 1;
+
+/// Where the tag begins in [`Backend::flags`].
+const NODE_SHIFT: u32 = 8;
+
+impl Backend {
+    /// [`Self::flags`] of a backend on a node.
+    #[inline(always)]
+    pub const fn flags_of(local: bool, node: NodeTag) -> u32 {
+        node << NODE_SHIFT | if local { BACKEND_LOCAL } else { 0 }
+    }
+
+    /// The node that it runs on; 0 where that is not known.
+    #[inline(always)]
+    pub const fn node(&self) -> NodeTag {
+        self.flags >> NODE_SHIFT
+    }
 }
 
 /// The backend runs on this node.

@@ -35,6 +35,12 @@ pub struct Settings {
     pub maglev_seed: u32,
     /// For how long silent connections are kept.
     pub timeouts: Timeouts,
+    /// First port of NodePorts, host order (inclusive); 0 together with the last one for none.
+    pub node_port_min: u16,
+    /// Last port of NodePorts, host order (inclusive).
+    pub node_port_max: u16,
+    /// Zero.
+    pub pad: u32,
 }
 
 /// Answer packets to a frontend without backends with ICMP port unreachable instead of silence.
@@ -84,4 +90,4 @@ pub struct L2Value {
     pub responses_sent: u64,
 }
 
-crate::pod! { MaglevTable = 65536, Settings = 56, DeviceValue = 28, L2Key = 20, L2Value = 8 }
+crate::pod! { MaglevTable = 65536, Settings = 64, DeviceValue = 28, L2Key = 20, L2Value = 8 }

@@ -40,6 +40,8 @@ pub trait Family {
     fn store<T>(skb: Skb, offset: u32, value: &T) -> Result<(), DropReason>;
     /// Gives the IP header a hop limit and addresses; returns how the sum of the addresses has changed.
     fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason>;
+    /// Counts one hop, and changes nothing else.
+    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason>;
     /// Gives a quoted IP header addresses, whose sum changes by `difference`.
     fn requote(skb: Skb, quoted: &Quoted, difference: u32, src: Addr, dst: Addr) -> Result<(), DropReason>;
     /// Whether an ICMP type is of an error that concerns one packet.
@@ -91,6 +93,11 @@ impl Family for V4 {
     #[inline(always)]
     fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header4(skb, packet, hops, src, dst)
+    }
+
+    #[inline(always)]
+    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+        rewrite::hop4(skb, packet)
     }
 
     #[inline(always)]
@@ -163,6 +170,11 @@ impl Family for V6 {
     #[inline(always)]
     fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header6(skb, packet, hops, src, dst)
+    }
+
+    #[inline(always)]
+    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+        rewrite::hop6(skb, packet)
     }
 
     #[inline(always)]

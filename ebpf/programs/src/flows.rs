@@ -11,15 +11,15 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use kinesin_abi::{
-    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_REDIRECT, FLOW_REPLY, FlowCount,
-    FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, Timeouts, proto,
-    tcp_closed,
+    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
+    FlowCount, FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    Timeouts, proto, tcp_closed,
 };
 
 use crate::{
     affinity, lookup,
     maps::{COUNTS, FLOW, FLOWS, FLOWS_OLD, SLOTS, TRANSIENT, TRANSIENT_OLD},
-    packet::{Packet, TCP_FIN, TCP_RST, TCP_SYN},
+    packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -38,7 +38,7 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
         // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client
         // has opened to the pod itself, from a port that it once reached it from through us. So does one to a backend
         // that is gone.
-        packet.tcp & TCP_SYN != 0 && (tcp_closed(flow.tcp) || flow.flags & FLOW_REPLY == 0 && !serves(flow))
+        packet.tcp & TCP_SYN != 0 && (ended(flow) || flow.flags & FLOW_REPLY == 0 && !serves(flow))
     } else {
         flow.flags & FLOW_REPLY == 0 && member(&packet.flow, flow) == 0
     };
@@ -151,6 +151,18 @@ fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
     1
 }
 
+/// Whether a TCP connection is over, as far as it comes by here: of one that was handed on only the client's half does.
+#[inline(always)]
+fn ended(flow: &FlowValue) -> bool {
+    tcp_closed(flow.tcp) || flow.flags & FLOW_HANDED_ON != 0 && flow.tcp & TCP_SEEN_FIN != 0
+}
+
+/// Whether the packet says that the backend has answered, of a connection whose answers do not come by here.
+#[inline(always)]
+fn seen_elsewhere(packet: &Packet, flow: &FlowValue) -> bool {
+    flow.flags & FLOW_HANDED_ON != 0 && packet.tcp & TCP_ACK != 0
+}
+
 /// The key of the entry of the other direction, from that of this one. (Its padding comes along: three zero bytes would
 /// be a call.)
 #[inline(always)]
@@ -186,8 +198,10 @@ pub fn track(packet: &Packet, flow: &mut FlowValue) {
     if packet.tcp & TCP_RST != 0 {
         seen |= TCP_SEEN_RST;
     }
-    if !reply && packet.tcp & TCP_SYN == 0 && flow.tcp & TCP_SEEN_REPLY != 0 {
-        seen |= TCP_SEEN_ACK;
+    // Who acknowledges what does not come by here has been answered all the same.
+    let answered = seen_elsewhere(packet, flow) || flow.tcp & TCP_SEEN_REPLY != 0;
+    if !reply && packet.tcp & TCP_SYN == 0 && answered {
+        seen |= TCP_SEEN_ACK | TCP_SEEN_REPLY;
     }
     let now = lookup::now();
     if seen & !flow.tcp != 0 || now.saturating_sub(flow.last_seen) > FRESH {
@@ -202,6 +216,9 @@ fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
     flow.last_seen = now;
     flow.tcp |= seen;
     keep(key, flow, 1);
+    if flow.flags & FLOW_HANDED_ON != 0 {
+        return;
+    }
     let other = partner_key(flow, key);
     let value = partner(key, flow);
     keep(&other, &value, 0);
@@ -255,6 +272,30 @@ fn count(what: FlowCount) {
         // SAFETY: this CPU's own element.
         unsafe { *counter += 1 };
     }
+}
+
+/// Records, in the client's direction alone, that a connection goes on to the backend's node as it is.
+#[inline(always)]
+pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId) -> Result<(), DropReason> {
+    let flow = FlowValue {
+        last_seen: lookup::now(),
+        src: client.src,
+        dst: backend.addr,
+        sport: client.sport,
+        dport: backend.port,
+        flags: FLOW_FROM_LAN | FLOW_HANDED_ON,
+        tcp: 0,
+        pad: [0; 2],
+        backend: id,
+        slot: 0,
+    };
+    // A settled entry of the past would be found first.
+    if client.proto == proto::TCP && FLOWS.remove(client).is_ok() {
+        count(FlowCount::Removed);
+    }
+    TRANSIENT.insert(client, &flow, BPF_ANY as u64).map_err(|_| DropReason::FlowInsertFailed)?;
+    count(FlowCount::Created);
+    Ok(())
 }
 
 /// What a new connection becomes.

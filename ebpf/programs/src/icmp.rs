@@ -5,6 +5,7 @@
 //!   connection goes to whoever sent that packet, and quotes it as it was sent (RFC 5508 section 4.2), so that path MTU
 //!   discovery (RFC 1191, RFC 8201) works through translation. Its TTL counts down where the stack does not see it. The quoted
 //!   packet's source must be the error's destination, else anybody could have errors sent to third parties.
+//! - An error about a connection that was handed on to another node (see `dispatch`) goes there as it is.
 //! - To the device's own address, or to one that is not ours: left to the stack.
 //! - To a ClusterIP: dropped, as [`DropReason::IsClusterIp`].
 //! - An echo request to one of our addresses is answered in place (RFC 1122 section 3.2.2.6), while the setting says so
@@ -21,9 +22,12 @@
 //! Deliberately absent: source quench (RFC 6633), redirects, which must not cross a translation, and queries other than
 //! echo.
 
-use kinesin_abi::{Be16, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, SETTING_ANSWER_PING, frontend_flags, proto};
+use kinesin_abi::{
+    Be16, Direction, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, SETTING_ANSWER_PING, frontend_flags, proto,
+};
 
 use crate::{
+    dispatch,
     family::Family,
     flows, lookup,
     packet::{self, Icmp, Packet, link},
@@ -43,8 +47,27 @@ const TTL: u8 = 64;
 /// An ICMP packet from a device into the node.
 #[inline(always)]
 pub fn from_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    Ok(Verdict::Answered(ingress::<F>(skb, link)))
+    match ingress::<F>(skb, link) {
+        // Done here, where there is stack left for it.
+        HAND_ON => hand_on::<F>(skb),
+        code => Ok(Verdict::Answered(code)),
+    }
 }
+
+/// Hands an error on to the node that has the connection.
+#[inline(always)]
+fn hand_on<F: Family>(skb: Skb) -> Result<Verdict, DropReason> {
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(flow) = flows::related(&packet.quoted) else { return Ok(Verdict::Pass) };
+    match dispatch::follow::<F>(skb, flow) {
+        // No error about an error (RFC 1122 section 3.2.2).
+        Err(reason) => Ok(Verdict::Answered(verdict::finish(skb, Direction::Ingress, Err(reason)))),
+        Ok(verdict) => Ok(verdict.unwrap_or(Verdict::Pass)),
+    }
+}
+
+/// No code of a hook: the error goes to another node.
+const HAND_ON: i32 = 100;
 
 /// An ICMP packet from the node out of a device.
 #[inline(always)]
@@ -152,6 +175,9 @@ fn related<F: Family>(
     }
     // The error travels the way of the packets that answer the one it quotes.
     let Some(flow) = flows::related(old) else { return Ok(None) };
+    if flow.flags & FLOW_HANDED_ON != 0 {
+        return Ok((direction == Direction::Ingress).then_some(Verdict::Answered(HAND_ON)));
+    }
     let (redirect, reply) = (flow.flags & FLOW_REDIRECT != 0, flow.flags & FLOW_REPLY != 0);
     let ours = match direction {
         // From outside nobody may speak for what is inside.

@@ -1,12 +1,12 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    AffinityKey, BACKEND_LOCAL, Backend, BackendId, Direction, DropReason, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    AffinityKey, BACKEND_LOCAL, BackendId, Direction, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
     FrontendValue, SLOT_EMPTY, frontend_flags,
 };
 
 use crate::{
-    affinity, arp,
+    affinity, arp, dispatch,
     family::{Family, V4, V6},
     flows::{self, Opening},
     fragments, icmp, lookup, ndp,
@@ -85,7 +85,7 @@ fn apart<F: Reporter>(skb: Skb, link: u32) -> i32 {
 /// What [`translate`] makes of a packet, and an answer where its sender is owed one.
 #[inline(always)]
 fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
-    match translate::<F>(skb, packet) {
+    match translate::<F>(skb, link, packet) {
         // Here alone, because the verifier follows it from wherever it is called.
         Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
             Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32)))
@@ -97,12 +97,15 @@ fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, 
 
 /// A packet with ports.
 #[inline(always)]
-fn translate<F: Family>(skb: Skb, packet: &Packet) -> Result<Verdict, DropReason> {
-    if let Some(flow) = flows::find(packet) {
-        return follow::<F>(skb, packet, flow);
+fn translate<F: Family>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+    if let Some(flow) = flows::find(packet)
+        && let Some(verdict) = follow::<F>(skb, packet, flow)?
+    {
+        return Ok(verdict);
     }
-    match lookup::frontend(&packet.flow)? {
-        Some(frontend) => begin::<F>(skb, packet, frontend),
+    let frontend = lookup::frontend(&packet.flow)?;
+    match frontend.or_else(|| dispatch::node_port_of_peer::<F>(skb, link, &packet.flow)) {
+        Some(frontend) => begin::<F>(skb, link, packet, frontend),
         None => Ok(Verdict::Pass),
     }
 }
@@ -116,34 +119,37 @@ fn parse<F: Family>(skb: Skb, link: u32, packet: &mut Packet) -> Result<(), Unpa
     }
 }
 
-/// A packet of a known connection.
+/// A packet of a known connection; none where that connection cannot go on as it was, and begins anew.
 #[inline(always)]
-fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
+fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Option<Verdict>, DropReason> {
     if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
         return Err(DropReason::Fragment);
     }
     let redirect = flow.flags & FLOW_REDIRECT != 0;
     if !redirect && flow.flags & FLOW_REPLY != 0 {
         // A reply of a local backend leaves by egress; whoever claims to be one out here is not.
-        return Ok(Verdict::Pass);
+        return Ok(Some(Verdict::Pass));
     }
     if redirect && packet.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
+    if flow.flags & FLOW_HANDED_ON != 0 {
+        return dispatch::follow::<F>(skb, flow);
+    }
     if !redirect {
         rewrite::translate::<F>(skb, packet, &to, false)?;
-        return Ok(Verdict::Translated);
+        return Ok(Some(Verdict::Translated));
     }
     let route = route::find::<F>(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
     rewrite::translate::<F>(skb, packet, &to, true)?;
-    Ok(Verdict::Sent(route::send::<F>(skb, &route)))
+    Ok(Some(Verdict::Sent(route::send::<F>(skb, &route))))
 }
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin<F: Family>(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
+fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }
@@ -165,8 +171,16 @@ fn begin<F: Family>(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Resu
     if frontend.external.count == 0 {
         return Ok(Verdict::Refused);
     }
-    let (id, backend) = choose(frontend, packet).ok_or(DropReason::NoBackend)?;
+    let id = choose::<F>(skb, link, frontend);
+    let backend = lookup::backend(id).ok_or(DropReason::NoBackend)?;
     let redirect = backend.flags & BACKEND_LOCAL == 0;
+    if redirect
+        && packet.handed_on == 0
+        && frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2
+        && let Some(verdict) = dispatch::begin::<F>(skb, packet, frontend, (id, backend))?
+    {
+        return Ok(verdict);
+    }
     let mut source = packet.flow.src;
     let mut route = Route::NONE;
     if redirect {
@@ -182,26 +196,29 @@ fn begin<F: Family>(skb: Skb, packet: &Packet, frontend: &FrontendValue) -> Resu
     if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::Translated) }
 }
 
-/// The backend that the client is bound to, else any.
-#[inline(always)]
-fn choose(frontend: &FrontendValue, packet: &Packet) -> Option<(BackendId, &'static Backend)> {
-    if frontend.flags & frontend_flags::AFFINITY == 0 {
-        return lookup::select(frontend, &packet.flow).map(|chosen| (chosen.id, chosen.backend));
-    }
-    let id = bound(frontend, packet);
-    lookup::backend(id).map(|backend| (id, backend))
-}
-
-/// The backend of a client of a service with session affinity; 0 where there is none. A sentence of its own, so that
-/// services without do not carry its keys.
+/// The backend that the client is bound to, else any; of what a peer has handed on, one of this node if there is one.
+///
+/// A function of its own with a plain number, so that the verifier checks what follows once, however it came about.
 #[inline(never)]
-fn bound(frontend: &FrontendValue, packet: &Packet) -> BackendId {
+fn choose<F: Family>(skb: Skb, link: u32, frontend: &FrontendValue) -> BackendId {
+    let Some(packet) = lookup::scratch() else { return SLOT_EMPTY };
+    let handed_on = dispatch::is_handed_on::<F>(skb, link, packet);
+    packet.handed_on = handed_on as u8;
     let client = AffinityKey { client: packet.flow.src, service: frontend.service, flags: 0 };
-    if let Some((id, _)) = affinity::recall(frontend, frontend.external, &client) {
+    let binds = frontend.flags & frontend_flags::AFFINITY != 0;
+    if binds
+        && let Some((id, backend)) = affinity::recall(frontend, frontend.external, &client)
+        && (!handed_on || backend.flags & BACKEND_LOCAL != 0)
+    {
         return id;
     }
-    let Some(chosen) = lookup::select(frontend, &packet.flow) else { return SLOT_EMPTY };
-    affinity::remember(&client, &chosen);
+    let Some(mut chosen) = lookup::select(frontend, &packet.flow) else { return SLOT_EMPTY };
+    if handed_on {
+        chosen = dispatch::local(frontend.external, chosen);
+    }
+    if binds {
+        affinity::remember(&client, &chosen);
+    }
     chosen.id
 }
 

@@ -3,13 +3,13 @@
 use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings,
-    SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
+    FrontendValue, L2Key, PeerKey, PeerValue, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
+    SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
 };
 
 use crate::family::Family;
 use crate::maps::{
-    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
+    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
 use crate::packet::Packet;
 
@@ -96,10 +96,8 @@ pub fn select_random(set: SetRef) -> Option<Chosen> {
     }
     let mut position = random_below(set.count);
     for attempt in 0..TRIES {
-        if let Some(&id) = SLOTS.get(set.base.wrapping_add(position))
-            && let Some(backend) = backend(id)
-        {
-            return Some(Chosen { id, backend, position });
+        if let Some(chosen) = member(set, position) {
+            return Some(chosen);
         }
         // Met a set in the middle of a rewrite: walk from its start.
         position = attempt;
@@ -149,6 +147,20 @@ pub fn settings() -> Option<&'static Settings> {
 pub fn device(ifindex: u32) -> Option<&'static DeviceValue> {
     // SAFETY: read-only use.
     unsafe { DEVICES.get(&ifindex) }
+}
+
+/// A node on a segment of ours.
+#[inline(always)]
+pub fn peer(key: &PeerKey) -> Option<&'static PeerValue> {
+    // SAFETY: read-only use.
+    unsafe { PEERS.get(key) }
+}
+
+/// The member of a set at a position, unless its slot is being rewritten.
+#[inline(always)]
+pub fn member(set: SetRef, position: u32) -> Option<Chosen> {
+    let &id = SLOTS.get(set.base.wrapping_add(position))?;
+    backend(id).map(|backend| Chosen { id, backend, position })
 }
 
 /// The source address for connections that leave by one device and came in by another.

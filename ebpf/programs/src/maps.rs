@@ -7,8 +7,8 @@ use aya_ebpf::{
 };
 use kinesin_abi::{
     AffinityKey, AffinityValue, Backend, BackendId, DROP_SLOTS, DeviceValue, DropCounter, FLOW_COUNTS, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, Settings,
-    SocketKey, SocketValue, SourceRange,
+    FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value, MaglevTable, PeerKey, PeerValue,
+    Settings, SocketKey, SocketValue, SourceRange,
 };
 
 use crate::packet::Packet;
@@ -78,6 +78,10 @@ pub static L2: HashMap<L2Key, L2Value, 4096, NO_PREALLOC> = HashMap::new();
 /// Devices by index.
 #[btf_map]
 pub static DEVICES: HashMap<u32, DeviceValue, 256, NO_PREALLOC> = HashMap::new();
+
+/// Nodes that packets are handed on to, and whom they come from.
+#[btf_map]
+pub static PEERS: HashMap<PeerKey, PeerValue, 8192, NO_PREALLOC> = HashMap::new();
 
 /// What the agent tells the programs.
 #[btf_map]

@@ -15,6 +15,8 @@ const TTL: u32 = 8;
 const IP_CHECK: u32 = 10;
 /// Offset of the payload length in the IPv6 header; next header, hop limit and both addresses follow it.
 const PAYLOAD: u32 = 4;
+/// Offset of the next header in the IPv6 header; the hop limit follows it.
+const NEXT: u32 = 6;
 /// Offset of the addresses in the IPv6 header.
 const ADDRESSES: u32 = 8;
 const TCP_CHECK: u32 = 16;
@@ -104,6 +106,21 @@ pub fn header6(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Res
     let tail = Tail6 { payload: packet.payload, next: packet.next, hops, src, dst };
     skb.store_and_sum(packet.l3 + PAYLOAD, &tail)?;
     Ok(difference)
+}
+
+/// Counts one hop of an IPv4 packet, and changes nothing else.
+#[inline(always)]
+pub fn hop4(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+    let (protocol, ttl) = (packet.flow.proto, packet.ttl.wrapping_sub(1));
+    let hops = change(ttl_word(packet.ttl, protocol), ttl_word(ttl, protocol), 0, 0);
+    let [a, b] = updated(packet.ip_check, hops).to_ne_bytes();
+    skb.store(packet.l3 + TTL, &[ttl, protocol, a, b])
+}
+
+/// Counts one hop of an IPv6 packet, and changes nothing else.
+#[inline(always)]
+pub fn hop6(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+    skb.store_and_sum(packet.l3 + NEXT, &[packet.next, packet.ttl.wrapping_sub(1)])
 }
 
 /// Gives an IPv4 header that an ICMP error quotes addresses, whose sum changes by `difference`.

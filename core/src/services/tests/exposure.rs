@@ -87,6 +87,45 @@ fn cluster_ips_are_routable_where_they_are_asked_to_be() {
     assert!(routable, "{compiled:?}");
 }
 
+#[test]
+fn one_service_may_have_its_own_way_and_algorithm_where_annotations_count() {
+    use crate::services::{Algorithm, Dispatch, Forwarding};
+    use kinesin_abi::frontend_flags::{FORWARDING, FORWARDING_L2, FORWARDING_SNAT, MAGLEV};
+    let (mode, algorithm) = ("service.cilium.io/forwarding-mode", "service.cilium.io/lb-algorithm");
+    let strict = NodeContext { forwarding: Forwarding::all(Dispatch::L2), ..node() };
+    let free = NodeContext {
+        dsr_by_annotation: Some(Forwarding::all(Dispatch::L2)),
+        algorithm_by_annotation: true,
+        ..strict.clone()
+    };
+    let maglev = NodeContext { algorithm: Algorithm::Maglev, forwarding: Forwarding::default(), ..free.clone() };
+    let table: [(&NodeContext, &str, &str, u32, Option<&str>); 9] = [
+        (&free, mode, "snat", FORWARDING_SNAT, None),
+        (&free, mode, "dsr", FORWARDING_L2, None),
+        (&maglev, mode, "dsr", FORWARDING_L2 | MAGLEV, None),
+        (&free, mode, "DSR", FORWARDING_L2, Some("\"DSR\" is unknown and ignored; use dsr or snat")),
+        (&strict, mode, "snat", FORWARDING_L2, Some("has no effect; set bpf-lb-mode-annotation=true")),
+        (&free, algorithm, "maglev", FORWARDING_L2 | MAGLEV, None),
+        (&maglev, algorithm, "random", FORWARDING_SNAT, None),
+        (&free, algorithm, "", FORWARDING_L2, Some("\"\" is unknown and ignored; use random or maglev")),
+        (&strict, algorithm, "maglev", FORWARDING_L2, Some("has no effect; set bpf-lb-algorithm-annotation=true")),
+    ];
+    for (node, annotation, value, flags, problem) in table {
+        let mut web = balanced(json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}), "192.0.2.1");
+        web.metadata.annotations.insert(annotation.into(), value.into());
+        let compiled = compile(&web, std::iter::empty(), node);
+        let vip = compiled
+            .frontends
+            .iter()
+            .find(|f| f.addr == std::net::IpAddr::from([192, 0, 2, 1]) && f.port == 80)
+            .expect("a frontend");
+        assert_eq!(vip.flags & (FORWARDING | MAGLEV), flags, "{annotation}: {value}");
+        let expected: Vec<String> =
+            problem.map(|text| format!("metadata.annotations[{annotation}]: {text}")).into_iter().collect();
+        assert_eq!(compiled.problems, expected);
+    }
+}
+
 proptest! {
     #[test]
     fn no_selector_panics(text in "[a-c=!(),in ]{0,24}|\\PC{0,16}") {

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::{Algorithm, NodeContext, balanced, compile, compiled, http, node, pods, service, show, slice};
 use crate::objects::{EndpointSlice, Name};
-use crate::services::{ServiceKey, view};
+use crate::services::{Dispatch, Forwarding, Frontend, ServiceKey, address_text, view};
 
 const HTTP: &str = r#"[{"name": "http", "port": 80, "nodePort": 30080}]"#;
 
@@ -451,4 +451,23 @@ fn source_ranges_concern_load_balancer_addresses_unless_all_types_are_asked_for(
     let plain =
         service(json!({"clusterIP": "10.96.0.1", "ports": ports(), "loadBalancerSourceRanges": ["10.0.0.0/8"]}));
     assert_eq!(compiled(&plain, &[]).source_ranges, None);
+}
+
+#[test]
+fn frontends_that_others_reach_from_outside_carry_the_way_to_other_nodes() {
+    let forwarding = Forwarding { tcp: Dispatch::L2, other: Dispatch::Snat };
+    let node = NodeContext { forwarding, ..node() };
+    let ways = |policy: &str| {
+        let mut service = balanced(
+            json!({"clusterIP": "10.96.0.1", "externalTrafficPolicy": policy, "ports": [
+                {"name": "http", "port": 80, "nodePort": 30080}, {"name": "dns", "port": 53, "protocol": "UDP"}]}),
+            "203.0.113.1",
+        );
+        service.spec.external_ips = vec!["198.51.100.1".into()];
+        let compiled = compile(&service, [&http(&["10.42.0.1"])].into_iter(), &node);
+        let l2 = |f: &&Frontend| f.flags & flags::FORWARDING == flags::FORWARDING_L2;
+        compiled.frontends.iter().filter(l2).map(|f| address_text(f.addr, f.port)).collect::<Vec<_>>()
+    };
+    assert_eq!(ways("Cluster"), ["192.168.1.1:30080", "198.51.100.1:80", "203.0.113.1:80"]);
+    assert_eq!(ways("Local"), Vec::<String>::new());
 }

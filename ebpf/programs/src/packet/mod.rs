@@ -14,6 +14,7 @@ use crate::{family::Family, reject::Headers6, skb::Skb};
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
+pub const TCP_ACK: u8 = 0x10;
 
 /// No more than Ethernet, the longest IPv4 header, and TCP without options.
 const HEADERS: u32 = 14 + 60 + 20;
@@ -47,6 +48,8 @@ pub struct Packet {
     pub whole: u8,
     /// Length of the transport header, in bytes.
     pub l4_len: u8,
+    /// 1 for the first packet of a connection that another node has handed on to us; see `dispatch`.
+    pub handed_on: u8,
     /// The longest packet that the way takes which this one does not fit; 0 where the kernel does not say (before 5.12),
     /// which makes the sender guess (RFC 1191 section 5).
     pub mtu: u16,

@@ -1,0 +1,225 @@
+//! To which nodes packets can be handed on as they are (dispatch `l2`), as seen from one node.
+//!
+//! A peer is a node whose agent lives, says that it takes such packets, and is a neighbour: it has an address in a network
+//! of one of our devices, and answers there under the MAC that it says is its own. Everything else is no error: packets
+//! for its backends go with this node's address as source. Deliberately absent: asking neighbours, and the maps.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use kinesin_abi::{Addr, NODE_TAG_MAX, NodeTag, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
+use smol_str::SmolStr;
+
+use crate::devices::Device;
+use crate::presence::{Link, Record};
+
+/// The tag of a node's name; 0 for the empty name. FNV-1a, folded: part of the contract between maps and agents of all
+/// versions, like the layout.
+pub fn tag(node: &str) -> NodeTag {
+    if node.is_empty() {
+        return 0;
+    }
+    let hash = node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    1 + hash % NODE_TAG_MAX
+}
+
+/// What is known of another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The node's name.
+    pub node: SmolStr,
+    /// Where it is on a segment of ours, if it is.
+    pub way: Option<Way>,
+    /// Whether new connections may be handed on to it.
+    pub state: State,
+}
+
+/// How a peer is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Our device on the segment.
+    pub ifindex: u32,
+    /// The peer's address in a network that both have.
+    pub address: IpAddr,
+    /// What the peer says of its link there.
+    pub link: Link,
+}
+
+/// Whether new connections may be handed on to a peer, and if not, why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// They may.
+    Neighbour,
+    /// Its agent says nothing of its links: it is older, or its programs are not attached.
+    Mute,
+    /// It has no address in a network of a selected device.
+    Elsewhere,
+    /// It takes shorter packets than we may get (bytes).
+    Mtu {
+        /// Its MTU.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// Nobody answers for its address.
+    Unresolved,
+    /// Another MAC answers for its address than it says it has.
+    OtherMac([u8; 6]),
+    /// Its name has the tag of another node's name, which cannot be told from it.
+    TagTaken(SmolStr),
+}
+
+impl State {
+    /// For metrics: one word.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Neighbour => "neighbour",
+            Self::Mute => "mute",
+            Self::Elsewhere => "elsewhere",
+            Self::Mtu { .. } => "mtu",
+            Self::Unresolved => "unresolved",
+            Self::OtherMac(_) => "other-mac",
+            Self::TagTaken(_) => "tag-taken",
+        }
+    }
+
+    /// Every [`Self::label`], so that metrics fall to zero.
+    pub const LABELS: [&'static str; 7] =
+        ["neighbour", "mute", "elsewhere", "mtu", "unresolved", "other-mac", "tag-taken"];
+
+    /// For people: how packets get to the backends of the node.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Neighbour => "l2".into(),
+            Self::Mute => "snat: its agent does not take handed-on packets (older, or programs not attached)".into(),
+            Self::Elsewhere => "snat: not on a segment of this node".into(),
+            Self::Mtu { theirs, ours } => format!("snat: its MTU is {theirs}, this node's {ours}"),
+            Self::Unresolved => "snat: does not answer on the segment".into(),
+            Self::OtherMac(mac) => {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                format!("snat: {mac} answers for its address, which is not its MAC")
+            }
+            Self::TagTaken(other) => format!("snat: its name has the same tag as {other}; rename one of the two"),
+        }
+    }
+}
+
+/// An entry of the kernel's neighbour table that names a MAC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The device.
+    pub ifindex: u32,
+    /// The neighbour's address.
+    pub address: IpAddr,
+    /// The MAC that answered for it.
+    pub mac: [u8; 6],
+}
+
+/// All other living nodes by name, judged by what they say, and by the answers on the segment.
+///
+/// `devices` are the selected ones of this node, `neighbours` what its neighbour table holds now.
+pub fn judge(
+    me: &str,
+    devices: &[&Device],
+    members: &BTreeMap<SmolStr, Arc<Record>>,
+    neighbours: &[Neighbour],
+) -> Vec<Peer> {
+    let mut tags: BTreeMap<NodeTag, SmolStr> = BTreeMap::from([(tag(me), SmolStr::new(me))]);
+    let mut peers = Vec::new();
+    for (node, record) in members.iter().filter(|(node, _)| *node != me) {
+        let way = way(devices, &record.links);
+        let other = tags.get(&tag(node)).cloned();
+        tags.entry(tag(node)).or_insert_with(|| node.clone());
+        let state = match (&way, other) {
+            (_, Some(other)) => State::TagTaken(other),
+            (None, None) if record.links.is_empty() => State::Mute,
+            (None, None) => State::Elsewhere,
+            (Some(way), None) => reach(way, devices, neighbours),
+        };
+        peers.push(Peer { node: node.clone(), way, state });
+    }
+    // Of two with one tag neither can be meant.
+    let taken: BTreeMap<SmolStr, SmolStr> = peers
+        .iter()
+        .filter_map(|peer| match &peer.state {
+            State::TagTaken(other) => Some((other.clone(), peer.node.clone())),
+            _ => None,
+        })
+        .collect();
+    for peer in &mut peers {
+        if let Some(other) = taken.get(&peer.node) {
+            peer.state = State::TagTaken(other.clone());
+        }
+    }
+    peers
+}
+
+/// The first link of the peer that is in a network of ours.
+fn way(devices: &[&Device], links: &[Link]) -> Option<Way> {
+    let shared = |ours: &IpNet, theirs: &IpNet| {
+        ours.contains(&theirs.addr()) && theirs.contains(&ours.addr()) && ours.addr() != theirs.addr()
+    };
+    devices.iter().filter(|device| device.is_live() && device.mac.is_some()).find_map(|device| {
+        links.iter().find_map(|link| {
+            let theirs = link.addresses.iter().find(|theirs| device.addresses.iter().any(|ours| shared(ours, theirs)));
+            theirs.map(|net| Way { ifindex: device.ifindex, address: net.addr(), link: link.clone() })
+        })
+    })
+}
+
+fn reach(way: &Way, devices: &[&Device], neighbours: &[Neighbour]) -> State {
+    let ours = devices.iter().find(|device| device.ifindex == way.ifindex).map_or(0, |device| device.mtu);
+    let theirs = way.link.mtu;
+    if theirs != 0 && theirs < ours {
+        return State::Mtu { theirs, ours };
+    }
+    let found = neighbours.iter().find(|n| n.ifindex == way.ifindex && n.address == way.address);
+    match found {
+        None => State::Unresolved,
+        Some(found) if found.mac != way.link.mac => State::OtherMac(found.mac),
+        Some(_) => State::Neighbour,
+    }
+}
+
+/// What the peers hash should hold. `held` is what it holds; `known` says whether a tag belongs to a node that exists.
+/// Peers that have left stay, for the connections that they have, but take no new ones; nodes that are gone go.
+pub fn entries(
+    peers: &[Peer],
+    enabled: bool,
+    held: &[(PeerKey, PeerValue)],
+    known: impl Fn(NodeTag) -> bool,
+) -> BTreeMap<PeerKey, PeerValue> {
+    let mut wanted = BTreeMap::new();
+    let mut present = BTreeSet::new();
+    for peer in peers {
+        let Some(way) = &peer.way else { continue };
+        if matches!(peer.state, State::TagTaken(_)) {
+            continue;
+        }
+        let node = tag(&peer.node);
+        present.insert(node);
+        let primary = |v4: bool| way.link.addresses.iter().map(IpNet::addr).find(|ip| ip.is_ipv4() == v4);
+        let takes_new = enabled && peer.state == State::Neighbour;
+        let value = PeerValue {
+            mac: mac_words(way.link.mac),
+            flags: if takes_new { PEER_TAKES_NEW } else { 0 },
+            ifindex: way.ifindex,
+            node,
+            ipv4: primary(true).map_or(0, |ip| Addr::from(ip).v4_raw()),
+            ipv6: primary(false).map_or(Addr::UNSPECIFIED, Addr::from),
+        };
+        wanted.insert(PeerKey::of_node(node), value);
+        wanted.insert(PeerKey::of_mac(way.link.mac), value);
+    }
+    for (key, value) in held {
+        if !present.contains(&value.node) && known(value.node) {
+            wanted.entry(*key).or_insert(PeerValue { flags: value.flags & !PEER_TAKES_NEW, ..*value });
+        }
+    }
+    wanted
+}

@@ -1,0 +1,104 @@
+use super::*;
+
+const HERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const THERE: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+fn net(text: &str) -> IpNet {
+    text.parse().expect("a network")
+}
+
+fn device() -> Device {
+    Device {
+        name: "eth0".into(),
+        ifindex: 7,
+        mac: Some(HERE),
+        up: true,
+        running: true,
+        mtu: 1500,
+        addresses: vec![net("10.0.0.11/24"), net("fd00::11/64"), net("fe80::1/64")],
+        ..Device::default()
+    }
+}
+
+fn members(links: &[(&str, &[Link])]) -> BTreeMap<SmolStr, Arc<Record>> {
+    let record = |node: &str, links: &[Link]| Record { node: node.into(), links: links.to_vec(), ..Record::default() };
+    links.iter().map(|(node, links)| (SmolStr::new(node), Arc::new(record(node, links)))).collect()
+}
+
+fn link(address: &str) -> Link {
+    Link { mac: THERE, mtu: 1500, addresses: vec![net(address)] }
+}
+
+fn neighbour(mac: [u8; 6]) -> Neighbour {
+    Neighbour { ifindex: 7, address: [10, 0, 0, 12].into(), mac }
+}
+
+fn state(links: &[Link], neighbours: &[Neighbour]) -> State {
+    let peers = judge("a", &[&device()], &members(&[("a", &[]), ("b", links)]), neighbours);
+    assert_eq!(peers.len(), 1, "never this node itself");
+    peers[0].state.clone()
+}
+
+#[test]
+fn a_node_that_answers_in_a_network_of_ours_under_its_own_mac_is_a_neighbour() {
+    assert_eq!(state(&[link("10.0.0.12/24")], &[neighbour(THERE)]), State::Neighbour);
+    let v6 = Neighbour { address: "fd00::12".parse().expect("address"), ..neighbour(THERE) };
+    assert_eq!(state(&[link("fd00::12/64")], &[v6]), State::Neighbour);
+}
+
+#[test]
+fn everybody_else_is_not_and_says_why() {
+    let other = [2, 0, 0, 0, 0, 9];
+    let cases: [(&[Link], &[Neighbour], State); 6] = [
+        (&[], &[neighbour(THERE)], State::Mute),
+        (&[link("10.0.1.12/24")], &[neighbour(THERE)], State::Elsewhere),
+        // In our network, but we are not in its: its answers would go another way.
+        (&[link("10.0.0.12/30")], &[neighbour(THERE)], State::Elsewhere),
+        (&[link("10.0.0.12/24")], &[], State::Unresolved),
+        (&[link("10.0.0.12/24")], &[neighbour(other)], State::OtherMac(other)),
+        (&[Link { mtu: 1400, ..link("10.0.0.12/24") }], &[neighbour(THERE)], State::Mtu { theirs: 1400, ours: 1500 }),
+    ];
+    for (links, neighbours, expected) in cases {
+        let found = state(links, neighbours);
+        assert_eq!(found, expected);
+        assert!(State::LABELS.contains(&found.label()));
+    }
+}
+
+#[test]
+fn of_two_names_with_one_tag_neither_is_used() {
+    let mut seen = BTreeMap::new();
+    let (one, other) = (0..)
+        .map(|i| format!("node-{i}"))
+        .find_map(|name| seen.insert(tag(&name), name.clone()).map(|before| (before, name)))
+        .expect("24 bits are not for ever");
+    let links = [link("10.0.0.12/24")];
+    let peers = judge("a", &[&device()], &members(&[(&one, &links), (&other, &links)]), &[neighbour(THERE)]);
+    assert!(peers.iter().all(|peer| matches!(peer.state, State::TagTaken(_))), "{peers:?}");
+    assert_eq!(entries(&peers, true, &[], |_| true), BTreeMap::new());
+}
+
+#[test]
+fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_is_gone() {
+    let links = [link("10.0.0.12/24")];
+    let peers = judge("a", &[&device()], &members(&[("b", &links)]), &[neighbour(THERE)]);
+    let there = entries(&peers, true, &[], |_| true);
+    let value = there[&PeerKey::of_node(tag("b"))];
+    assert_eq!(there[&PeerKey::of_mac(THERE)], value);
+    assert_eq!((value.flags, value.mac_bytes(), value.ifindex), (PEER_TAKES_NEW, THERE, 7));
+    assert_eq!(value.ipv4.to_ne_bytes(), [10, 0, 0, 12]);
+    let held: Vec<_> = there.into_iter().collect();
+    let left = entries(&[], true, &held, |node| node == tag("b"));
+    assert!(left.len() == 2 && left.values().all(|left| *left == PeerValue { flags: 0, ..value }));
+    assert_eq!(entries(&[], true, &held, |_| false), BTreeMap::new());
+    let off = entries(&peers, false, &held, |_| true);
+    assert!(off.len() == 2 && off.values().all(|value| value.flags == 0));
+}
+
+#[test]
+fn tags_are_the_same_in_every_version() {
+    assert_eq!([tag(""), tag("node-1"), tag("node-2")], [0, GOLDEN[0], GOLDEN[1]]);
+    assert!((0..10_000).all(|i| (1..=NODE_TAG_MAX).contains(&tag(&format!("n{i}")))));
+}
+
+const GOLDEN: [NodeTag; 2] = [12_858_328, 12_858_732];

@@ -1,0 +1,198 @@
+//! Dispatch `l2`: packets go on as they are to the node of their backend, a neighbour on the segment that they came from.
+//!
+//! Two nodes take part. Where the client's packets come in, a backend is chosen as always; its node becomes the frame's
+//! destination, one hop is counted, and nothing else changes. That node knows the address too: it chooses among its own
+//! backends, translates as for any local one, and answers the client itself. So the client's address arrives, replies
+//! save the way back, and each packet costs the first node one lookup more than nothing.
+//!
+//! The second node tells such frames by their source, the MAC of a peer. It hands nothing on again: should it have no
+//! backend any more, it goes on with its own address as source, so that packets never circle. What would come back to
+//! the node that it came from is not handed on either.
+//!
+//! Deliberately absent: reading back what the other node chose. Both keep a client where it is by their own entries.
+
+use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
+use kinesin_abi::{
+    Addr, BACKEND_LOCAL, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags,
+};
+
+use crate::{
+    family::{Family, V4},
+    flows,
+    lookup::{self, Chosen},
+    packet::{Packet, link},
+    skb::{ETHERNET, Skb},
+    verdict::Verdict,
+};
+
+/// Halvings that find a boundary in any set that fits the slots array.
+const HALVINGS: u32 = 22;
+
+/// Whether a new connection's first packet was handed on to us by a peer.
+#[inline(always)]
+pub fn is_handed_on<F: Family>(skb: Skb, link: u32, packet: &Packet) -> bool {
+    let Some(peer) = sender(skb, link) else { return false };
+    let ours = lookup::announced(packet.flow.dst, skb.ifindex()) || is_own::<F>(&packet.flow.dst, skb.ifindex());
+    // A client on the peer itself, or behind it while the address is ours, has sent this to us and to nobody else.
+    !(ours || is_of::<F>(peer, &packet.flow.src))
+}
+
+/// The NodePort that a packet to a peer's own address was handed on for.
+#[inline(always)]
+pub fn node_port_of_peer<F: Family>(skb: Skb, link: u32, flow: &FlowKey) -> Option<&'static FrontendValue> {
+    let settings = lookup::settings()?;
+    let port = flow.dport.get();
+    if port < settings.node_port_min || port > settings.node_port_max || is_to_sender::<F>(skb, link) == 0 {
+        return None;
+    }
+    let any = if F::AF == V4::AF { Addr::from_v4_raw(0) } else { Addr::UNSPECIFIED };
+    lookup::frontend_exact(any, flow.dport, flow.proto)
+}
+
+/// Whether the packet is to the address of the peer that has sent it to us; 1 if so.
+#[inline(never)]
+fn is_to_sender<F: Family>(skb: Skb, link: u32) -> u32 {
+    let Some(packet) = lookup::scratch() else { return 0 };
+    let Some(peer) = sender(skb, link) else { return 0 };
+    is_of::<F>(peer, &packet.flow.dst) as u32
+}
+
+/// What was chosen if it is on this node, else any member that is, each as likely as the others; without one, what was
+/// chosen.
+#[inline(always)]
+pub fn local(set: SetRef, chosen: Chosen) -> Chosen {
+    if is_local(&chosen) {
+        return chosen;
+    }
+    let count = locals(set.base, set.count);
+    if count == 0 {
+        return chosen;
+    }
+    lookup::member(set, lookup::random_below(count)).filter(is_local).unwrap_or(chosen)
+}
+
+/// Hands a new connection on to the backend's node; none where that must not or cannot be.
+#[inline(always)]
+pub fn begin<F: Family>(
+    skb: Skb,
+    packet: &Packet,
+    frontend: &FrontendValue,
+    chosen: (BackendId, &Backend),
+) -> Result<Option<Verdict>, DropReason> {
+    let (id, backend) = chosen;
+    let Some(peer) = lookup::peer(&PeerKey::of_node(backend.node())) else { return Ok(None) };
+    if peer.flags & PEER_TAKES_NEW == 0 {
+        return Ok(None);
+    }
+    // Peers know only a node's primary addresses.
+    let node_port = frontend.flags & frontend_flags::KIND == FrontendKind::NodePort as u32;
+    if node_port && !is_own::<F>(&packet.flow.dst, skb.ifindex()) {
+        return Ok(None);
+    }
+    let verdict = outcome(send::<F>(skb, peer))?;
+    if verdict.is_some() {
+        flows::hand_on(&packet.flow, backend, id)?;
+    }
+    Ok(verdict)
+}
+
+/// Hands a packet of a known connection on, or an ICMP error about one; none where its node is gone, or sent it itself.
+#[inline(always)]
+pub fn follow<F: Family>(skb: Skb, flow: &FlowValue) -> Result<Option<Verdict>, DropReason> {
+    let Some(backend) = lookup::backend(flow.backend) else { return Ok(None) };
+    // Its id may be another one's by now.
+    if !F::same(&backend.addr, &flow.dst) {
+        return Ok(None);
+    }
+    let Some(peer) = lookup::peer(&PeerKey::of_node(backend.node())) else { return Ok(None) };
+    outcome(send::<F>(skb, peer))
+}
+
+// What sending comes to. Plain numbers, so that all ways out of a function look the same to the verifier.
+const KEPT: u32 = 0;
+const SENT: u32 = 1;
+const OUT_OF_HOPS: u32 = 2;
+const UNWRITTEN: u32 = 3;
+
+#[inline(always)]
+fn outcome(code: u32) -> Result<Option<Verdict>, DropReason> {
+    match code {
+        KEPT => Ok(None),
+        OUT_OF_HOPS => Err(DropReason::TtlExceeded),
+        UNWRITTEN => Err(DropReason::WriteError),
+        _ => Ok(Some(Verdict::Sent(TC_ACT_REDIRECT))),
+    }
+}
+
+/// Sends the packet at hand on to a peer, unless it comes from there, or from another segment.
+#[inline(never)]
+fn send<F: Family>(skb: Skb, peer: &PeerValue) -> u32 {
+    let Some(packet) = lookup::scratch() else { return KEPT };
+    let ifindex = skb.ifindex();
+    let Some(ethernet) = link::ethernet(skb) else { return KEPT };
+    if peer.ifindex != ifindex || same(ethernet.src, peer.mac) {
+        return KEPT;
+    }
+    if packet.ttl <= 1 {
+        return OUT_OF_HOPS;
+    }
+    // It was for us, so what it was sent to is our own.
+    let macs = [peer.mac, ethernet.dst];
+    if F::hop(skb, packet).is_err() || skb.store(0, &macs).is_err() {
+        return UNWRITTEN;
+    }
+    skb.mark_translated();
+    // SAFETY: no pointers. Without flags it always is a redirect.
+    unsafe { h::bpf_redirect(ifindex, 0) };
+    SENT
+}
+
+/// The peer that has sent this frame.
+#[inline(always)]
+fn sender(skb: Skb, l2: u32) -> Option<&'static PeerValue> {
+    if l2 != ETHERNET {
+        return None;
+    }
+    let ethernet = link::ethernet(skb)?;
+    lookup::peer(&PeerKey::of_mac_words(ethernet.src))
+}
+
+#[inline(always)]
+fn same(a: [u16; 3], b: [u16; 3]) -> bool {
+    (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) == 0
+}
+
+/// Whether the address is the peer's primary one on the segment.
+#[inline(always)]
+fn is_of<F: Family>(peer: &PeerValue, addr: &Addr) -> bool {
+    if F::AF == V4::AF { peer.ipv4 == addr.v4_raw() } else { F::same(&peer.ipv6, addr) }
+}
+
+/// Whether the address is this node's primary one on the device.
+#[inline(always)]
+fn is_own<F: Family>(addr: &Addr, ifindex: u32) -> bool {
+    lookup::device(ifindex).and_then(F::of_device).is_some_and(|own| F::same(&own, addr))
+}
+
+#[inline(always)]
+fn is_local(chosen: &Chosen) -> bool {
+    chosen.backend.flags & BACKEND_LOCAL != 0
+}
+
+/// How many members of a set are on this node: those come first.
+#[inline(never)]
+fn locals(base: u32, count: u32) -> u32 {
+    let (mut low, mut high) = (0, count);
+    for _ in 0..HALVINGS {
+        if low >= high {
+            break;
+        }
+        let middle = low + (high - low) / 2;
+        match lookup::member(SetRef { base, count }, middle) {
+            Some(chosen) if is_local(&chosen) => low = middle + 1,
+            _ => high = middle,
+        }
+    }
+    low
+}
