@@ -10,7 +10,7 @@ use kinesin_abi::{
 use super::flows::tuple;
 use super::route::Fib;
 use super::select::{Candidate, member};
-use super::{Attached, Hook, Neighbour, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
+use super::{Attached, Hook, Neighbour, Port, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
 
 impl<V: View> Tracer<'_, V> {
     /// A packet that comes in by a device.
@@ -126,11 +126,11 @@ impl<V: View> Tracer<'_, V> {
         if !redirect {
             let step = self.stack_step(to.dst)?;
             self.say(step);
-            return Ok(sure(Verdict::Translated(to)));
+            return Ok(sure(self.written(Verdict::Translated(to))));
         }
         let (step, verdict) = self.send(ifindex, to)?;
         self.say(step);
-        Ok(sure(verdict))
+        Ok(sure(self.written(verdict)))
     }
 
     /// The first packet of a connection to one of our frontends.
@@ -171,7 +171,7 @@ impl<V: View> Tracer<'_, V> {
 
     fn to_backend(&self, ifindex: u32, (chance, id, backend): Candidate) -> Result<Way, V::Error> {
         let mut steps = vec![Step::Backend(member(id, &backend))];
-        let verdict = self.deliver(ifindex, &backend, &mut steps)?;
+        let verdict = self.written(self.deliver(ifindex, &backend, &mut steps)?);
         Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict })
     }
 
@@ -216,6 +216,14 @@ impl<V: View> Tracer<'_, V> {
         steps.push(Step::Source { address: source, kept: false, port: sport, why });
         let tuple = Tuple { src: source, sport, dst, dport: backend.port.get() };
         Ok(Verdict::Sent { tuple, device: self.view.device_name(egress) })
+    }
+
+    /// What becomes of a translation when it is written: a port of SCTP cannot be.
+    pub(super) fn written(&self, verdict: Verdict) -> Verdict {
+        let (Verdict::Translated(to) | Verdict::Sent { tuple: to, .. }) = &verdict else { return verdict };
+        let packet = &self.packet;
+        let kept = to.sport == Port::only(packet.sport) && to.dport == packet.dport;
+        if packet.proto == proto::SCTP && !kept { Verdict::dropped(DropReason::CsumL4) } else { verdict }
     }
 
     /// The node's address for connections that leave by one device and came in by another, and whose it is.
