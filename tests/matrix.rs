@@ -12,7 +12,7 @@ mod rules;
 
 use std::time::Duration;
 
-use cells::{Cell, cells};
+use cells::{Cell, Family, cells};
 use ground::Ground;
 use rules::{Expected, excluded};
 
@@ -25,10 +25,12 @@ pub(crate) struct Mode {
     pub(crate) keeps_client: bool,
 }
 
+const SNAT: Mode = Mode { key: "snat", keeps_client: false };
+
 /// Runs all cells of one lab, and says everything that is wrong with it at once.
-async fn holds(name: &str, mode: Mode) {
-    let ground = Ground::new(name, mode).await;
-    let all: Vec<Cell> = cells();
+async fn holds(name: &str, family: Family, mode: Mode) {
+    let ground = Ground::new(name, family, mode).await;
+    let all: Vec<Cell> = cells(family);
     let (skipped, wanted): (Vec<Cell>, Vec<Cell>) = all.into_iter().partition(|cell| excluded(cell, mode).is_some());
     for cell in &skipped {
         println!("excluded: {cell}: {}", excluded(cell, mode).unwrap_or_default());
@@ -60,5 +62,10 @@ async fn holds(name: &str, mode: Mode) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ipv4_snat() {
-    holds("matrix-snat", Mode { key: "snat", keeps_client: false }).await;
+    holds("matrix-snat", Family::V4, SNAT).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_snat() {
+    holds("matrix-snat6", Family::V6, SNAT).await;
 }

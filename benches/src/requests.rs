@@ -96,12 +96,12 @@ fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
         // To the pods themselves, which a LAN does not have; and to the services, so that nobody has to answer for them.
         let rtnl = Rtnl::open_in(lab.client().netns())?;
         let eth0 = rtnl.device("eth0").await?.ifindex;
-        let via = |node: &kinesin::lab::Node| Some(node.address());
+        let via = |node: &kinesin::lab::Node| Some(node.address().into());
         for node in lab.nodes() {
-            rtnl.add_route(Route { to: node.pod_cidr(), via: via(&node), ifindex: eth0, source: None }).await?;
+            rtnl.add_route(Route { to: node.pod_cidr().into(), via: via(&node), ifindex: eth0, source: None }).await?;
         }
         for vip in VIPS {
-            let to = ipnet::Ipv4Net::new(vip, 32)?;
+            let to = ipnet::Ipv4Net::new(vip, 32)?.into();
             rtnl.add_route(Route { to, via: via(lab.node(1)), ifindex: eth0, source: None }).await?;
         }
         anyhow::Ok(())

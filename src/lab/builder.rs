@@ -1,21 +1,25 @@
 //! How a lab comes to be: the LAN, then nodes, then pods, with the routes that a plain CNI would make.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::client::Client;
 use super::node::{Node, NodeInner, Pod, PodInner};
 use super::territory::{self, Territory};
-use super::{CLIENT_ADDRESS, Lab, LabError, MAX_NODES, ROUTER_ADDRESS};
+use super::{CLIENT_ADDRESS, CLIENT_ADDRESS6, Lab, LabError, MAX_NODES, ROUTER_ADDRESS};
 use crate::net::rtnl::{Route, Rtnl};
 use crate::net::{Netns, sysctl};
 
 /// What every pod sends to: an address that each node-side veth has, with link scope, so that it takes none of the pod
 /// network and is never chosen as a source towards others.
 const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The same for IPv6.
+const POD_GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// Addresses are usable at once: nobody else is there to have them.
+const NO_DAD: [(&str, &str); 2] = [("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")];
 const BRIDGE: &str = "lan";
 
 /// A lab that is being described; see [`Lab::builder`].
@@ -25,11 +29,12 @@ pub struct LabBuilder {
     nodes: usize,
     pods_per_node: usize,
     binary: Option<PathBuf>,
+    dual_stack: bool,
 }
 
 impl LabBuilder {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None }
+        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false }
     }
 
     /// How many nodes; 1 unless said.
@@ -41,6 +46,12 @@ impl LabBuilder {
     /// How many pods each node has; none unless said. They serve nothing until [`Pod::serve`].
     pub fn pods_per_node(mut self, count: usize) -> Self {
         self.pods_per_node = count;
+        self
+    }
+
+    /// Everybody has an IPv6 address too: the client and the nodes in `fd00:10::/64`, pods in `fd00:42:<node>::/64`.
+    pub fn dual_stack(mut self) -> Self {
+        self.dual_stack = true;
         self
     }
 
@@ -66,8 +77,9 @@ impl LabBuilder {
         };
         let territory = Territory::claim(&self.name)?;
         let lan = make_lan(&territory).await?;
-        let client = make_client(&territory, &lan, &binary).await?;
-        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, territory };
+        let client = make_client(&territory, &lan, &binary, self.dual_stack).await?;
+        let dual_stack = self.dual_stack;
+        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, territory };
         for _ in 0..self.nodes {
             lab.add_node_with(self.pods_per_node).await?;
         }
@@ -93,7 +105,7 @@ impl Lab {
         if number > MAX_NODES {
             return Err(LabError::Invalid(format!("the lab has no addresses for more than {MAX_NODES} nodes")));
         }
-        let node = make_node(&self.territory, &self.lan, number, &self.binary).await?;
+        let node = make_node(self, number).await?;
         for other in &self.nodes {
             connect_pods(&node, other).await?;
             connect_pods(other, &node).await?;
@@ -132,14 +144,16 @@ async fn make_lan(territory: &Territory) -> Result<Netns, LabError> {
     Ok(netns)
 }
 
-async fn make_client(territory: &Territory, lan: &Netns, binary: &Path) -> Result<Client, LabError> {
+async fn make_client(territory: &Territory, lan: &Netns, binary: &Path, dual_stack: bool) -> Result<Client, LabError> {
     let netns = territory.netns("client")?;
-    plug_in(lan, "client", &netns, CLIENT_ADDRESS).await?;
+    plug_in(lan, "client", &netns, CLIENT_ADDRESS, dual_stack.then_some(CLIENT_ADDRESS6)).await?;
     let cgroup = territory.make_cgroup("client")?;
     Ok(Client::new(netns, cgroup, binary.to_path_buf(), territory.dir().join("logs")))
 }
 
-async fn make_node(territory: &Territory, lan: &Netns, number: usize, binary: &Path) -> Result<Node, LabError> {
+async fn make_node(lab: &Lab, number: usize) -> Result<Node, LabError> {
+    let Lab { territory, lan, binary, dual_stack, .. } = lab;
+    let dual_stack = *dual_stack;
     let name = format!("node-{number}");
     let short = u8::try_from(number).map_err(|_| LabError::Invalid(format!("no node can have number {number}")))?;
     let address = Ipv4Addr::new(10, 0, 0, 10 + short);
@@ -148,7 +162,11 @@ async fn make_node(territory: &Territory, lan: &Netns, number: usize, binary: &P
     // the kernel takes the stricter of `all` and the interface.
     let settings = [("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0"), ("ipv4/conf/default/rp_filter", "1")];
     sysctl::write_in(&netns, &settings)?;
-    plug_in(lan, &name, &netns, address).await?;
+    if dual_stack {
+        sysctl::write_in(&netns, &[("ipv6/conf/all/forwarding", "1"), ("ipv6/conf/default/forwarding", "1")])?;
+    }
+    let address6 = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x10 + u16::from(short));
+    plug_in(lan, &name, &netns, address, dual_stack.then_some(address6)).await?;
     sysctl::write_in(&netns, &[("ipv4/conf/eth0/rp_filter", "1")])?;
     let dir = territory.dir().join(&name);
     for below in ["config", "state"] {
@@ -160,15 +178,24 @@ async fn make_node(territory: &Territory, lan: &Netns, number: usize, binary: &P
     let pod_cidr = Ipv4Net::new_assert(Ipv4Addr::new(10, 42, short, 0), 24);
     let lab_dir = territory.dir().to_path_buf();
     let lan = lan.clone();
-    let binary = binary.to_path_buf();
+    let binary = binary.clone();
     let pods = Mutex::new(Vec::new());
-    Ok(Node {
-        inner: Arc::new(NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, binary, pods }),
-    })
+    let inner =
+        NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, binary, pods, dual_stack };
+    Ok(Node { inner: Arc::new(inner) })
 }
 
 /// A cable from the bridge to `eth0` of a host, its address, and its way out.
-async fn plug_in(lan: &Netns, port: &str, host: &Netns, address: Ipv4Addr) -> Result<(), LabError> {
+async fn plug_in(
+    lan: &Netns,
+    port: &str,
+    host: &Netns,
+    address: Ipv4Addr,
+    address6: Option<Ipv6Addr>,
+) -> Result<(), LabError> {
+    if address6.is_some() {
+        sysctl::write_in(host, &NO_DAD)?;
+    }
     let switch = Rtnl::open_in(lan)?;
     let bridge = switch.device(BRIDGE).await?.ifindex;
     let near = switch.add_veth(port, "eth0", host).await?;
@@ -179,7 +206,11 @@ async fn plug_in(lan: &Netns, port: &str, host: &Netns, address: Ipv4Addr) -> Re
     let eth0 = rtnl.device("eth0").await?.ifindex;
     rtnl.add_address(eth0, lan_address(address)).await?;
     rtnl.set_up(eth0).await?;
-    let default = Route { to: Ipv4Net::default(), via: Some(ROUTER_ADDRESS), ifindex: eth0, source: None };
+    if let Some(address6) = address6 {
+        rtnl.add_address(eth0, IpNet::V6(Ipv6Net::new_assert(address6, 64))).await?;
+    }
+    let default =
+        Route { to: Ipv4Net::default().into(), via: Some(ROUTER_ADDRESS.into()), ifindex: eth0, source: None };
     Ok(rtnl.add_route(default).await?)
 }
 
@@ -190,6 +221,9 @@ async fn make_pod(territory: &Territory, node: &Node, number: usize, binary: &Pa
     let [a, b, c, _] = node.pod_cidr().network().octets();
     let address = Ipv4Addr::new(a, b, c, last);
     let netns = territory.netns(&name)?;
+    if node.address6().is_some() {
+        sysctl::write_in(&netns, &NO_DAD)?;
+    }
     let outside = Rtnl::open_in(node.netns())?;
     let veth = outside.add_veth(&format!("veth-{name}"), "eth0", &netns).await?;
     outside.add_address(veth, host_address(POD_GATEWAY)).await?;
@@ -200,13 +234,26 @@ async fn make_pod(territory: &Territory, node: &Node, number: usize, binary: &Pa
     let eth0 = inside.device("eth0").await?.ifindex;
     inside.add_address(eth0, host_address(address)).await?;
     inside.set_up(eth0).await?;
-    let gateway = Ipv4Net::from(POD_GATEWAY);
+    let gateway = Ipv4Net::from(POD_GATEWAY).into();
     inside.add_route(Route { to: gateway, via: None, ifindex: eth0, source: None }).await?;
-    let default = Route { to: Ipv4Net::default(), via: Some(POD_GATEWAY), ifindex: eth0, source: None };
+    let default = Route { to: Ipv4Net::default().into(), via: Some(POD_GATEWAY.into()), ifindex: eth0, source: None };
     inside.add_route(default).await?;
     // After both ends are up: a route through a link that is down would be refused.
-    let here = Route { to: Ipv4Net::from(address), via: None, ifindex: veth, source: Some(node.address()) };
-    outside.add_route(here).await?;
+    let source = Some(node.address().into());
+    outside.add_route(Route { to: Ipv4Net::from(address).into(), via: None, ifindex: veth, source }).await?;
+    let address6 = node.pod_cidr6().map(|cidr| {
+        let [a, b, c, ..] = cidr.network().segments();
+        Ipv6Addr::new(a, b, c, 0, 0, 0, 0, u16::from(last))
+    });
+    if let Some(address6) = address6 {
+        outside.add_address(veth, Ipv6Net::new_assert(POD_GATEWAY6, 64).into()).await?;
+        inside.add_address(eth0, Ipv6Net::from(address6).into()).await?;
+        let default =
+            Route { to: Ipv6Net::default().into(), via: Some(POD_GATEWAY6.into()), ifindex: eth0, source: None };
+        inside.add_route(default).await?;
+        let source = node.address6().map(IpAddr::from);
+        outside.add_route(Route { to: Ipv6Net::from(address6).into(), via: None, ifindex: veth, source }).await?;
+    }
 
     let relative = node.cgroup().file_name().map(Path::new).unwrap_or(Path::new("")).join(&name);
     let cgroup = territory.make_cgroup(&relative.to_string_lossy())?;
@@ -221,8 +268,12 @@ async fn make_pod(territory: &Territory, node: &Node, number: usize, binary: &Pa
 async fn connect_pods(from: &Node, to: &Node) -> Result<(), LabError> {
     let rtnl = Rtnl::open_in(from.netns())?;
     let eth0 = rtnl.device("eth0").await?.ifindex;
-    let route = Route { to: to.pod_cidr(), via: Some(to.address()), ifindex: eth0, source: None };
-    Ok(rtnl.add_route(route).await?)
+    let route = Route { to: to.pod_cidr().into(), via: Some(to.address().into()), ifindex: eth0, source: None };
+    rtnl.add_route(route).await?;
+    if let (Some(cidr), Some(via)) = (to.pod_cidr6(), to.address6()) {
+        rtnl.add_route(Route { to: cidr.into(), via: Some(via.into()), ifindex: eth0, source: None }).await?;
+    }
+    Ok(())
 }
 
 async fn set_loopback_up(rtnl: &Rtnl) -> Result<(), LabError> {

@@ -9,7 +9,8 @@
 //!
 //! `kinesin lab` and every test of nodes are made of this. Nothing touches the host's own namespace; everything carries
 //! the lab's id, disappears with the [`Lab`] (also after a panic), and what a killed run left behind is removed by
-//! the next lab of the same name. Deliberately absent: a container runtime, a CNI plugin and IPv6 addressing.
+//! the next lab of the same name. IPv6 addresses are there when they are asked for: see [`LabBuilder::dual_stack`]. Deliberately
+//! absent: a container runtime and a CNI plugin.
 
 mod agent;
 mod builder;
@@ -30,7 +31,7 @@ pub use command::{LabOptions, run, run_to_end};
 pub use node::{Node, Pod};
 pub use territory::BASE_DIR;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use crate::net::{NetError, Netns};
@@ -44,6 +45,8 @@ pub const ECHO_PORT: u16 = 7777;
 pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 50);
 /// The router's address on the LAN. It answers ARP and forwards nothing.
 pub const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// The client's IPv6 address on the LAN, where there is one.
+pub const CLIENT_ADDRESS6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x50);
 /// Nodes are 10.0.0.11 and up, below the client.
 pub const MAX_NODES: usize = 39;
 
@@ -85,6 +88,7 @@ pub struct Lab {
     nodes: Vec<Node>,
     lan: Netns,
     binary: PathBuf,
+    dual_stack: bool,
     territory: Territory,
 }
 

@@ -1,12 +1,12 @@
 //! A node and its pods: namespaces, addresses, processes, and what can be done to them.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use tokio::time::Instant;
 
 use super::client::{GET_LIMIT, LoadHandle, Response, get_from};
@@ -34,6 +34,7 @@ pub(super) struct NodeInner {
     pub(super) lab_dir: PathBuf,
     pub(super) binary: PathBuf,
     pub(super) pods: Mutex<Vec<Pod>>,
+    pub(super) dual_stack: bool,
 }
 
 impl Node {
@@ -50,6 +51,18 @@ impl Node {
     /// Its address on the LAN.
     pub fn address(&self) -> Ipv4Addr {
         self.inner.address
+    }
+
+    /// Its IPv6 address on the LAN, `fd00:10::11` and up, where the lab has such.
+    pub fn address6(&self) -> Option<Ipv6Addr> {
+        let last = 0x10 + self.number() as u16;
+        self.inner.dual_stack.then(|| Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, last))
+    }
+
+    /// The IPv6 addresses of its pods, where the lab has such.
+    pub fn pod_cidr6(&self) -> Option<Ipv6Net> {
+        let number = self.number() as u16;
+        self.inner.dual_stack.then(|| Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x42, number, 0, 0, 0, 0, 0), 64))
     }
 
     /// The addresses of its pods.

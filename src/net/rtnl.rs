@@ -2,16 +2,16 @@
 //!
 //! The socket belongs to the namespace in which it was opened. Link types are only those that the lab makes.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use kinesin_core::devices::Device;
 use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
-use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteScope};
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::task::JoinHandle;
 
@@ -38,17 +38,17 @@ pub struct Neighbour {
     pub state: NeighbourState,
 }
 
-/// An IPv4 route to add to the main table.
+/// A route to add to the main table.
 #[derive(Debug, Clone, Copy)]
 pub struct Route {
-    /// Where to; `0.0.0.0/0` for the default route.
-    pub to: Ipv4Net,
+    /// Where to; `0.0.0.0/0` or `::/0` for the default route.
+    pub to: IpNet,
     /// The next hop; `None` when the destination is on the link.
-    pub via: Option<Ipv4Addr>,
+    pub via: Option<IpAddr>,
     /// The outgoing interface.
     pub ifindex: u32,
     /// Source address of packets that this host sends along it.
-    pub source: Option<Ipv4Addr>,
+    pub source: Option<IpAddr>,
 }
 
 impl Rtnl {
@@ -172,19 +172,24 @@ impl Rtnl {
     /// # Errors
     /// When it is there already, or its next hop is not reachable.
     pub async fn add_route(&self, route: Route) -> Result<(), NetError> {
-        let mut message = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(route.ifindex);
-        if route.to.prefix_len() > 0 {
-            message = message.destination_prefix(route.to.network(), route.to.prefix_len());
-        }
-        message = match route.via {
-            Some(via) => message.gateway(via),
-            None => message.scope(RouteScope::Link),
+        let mut message = match route.to {
+            IpNet::V4(to) if to.prefix_len() > 0 => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to.network(), to.prefix_len()).build()
+            }
+            IpNet::V6(to) if to.prefix_len() > 0 => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to.network(), to.prefix_len()).build()
+            }
+            IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            IpNet::V6(_) => RouteMessageBuilder::<Ipv6Addr>::new().build(),
         };
-        if let Some(source) = route.source {
-            message = message.pref_source(source);
+        if route.via.is_none() {
+            message.header.scope = RouteScope::Link;
         }
+        message.attributes.push(RouteAttribute::Oif(route.ifindex));
+        message.attributes.extend(route.via.map(|via| RouteAttribute::Gateway(via.into())));
+        message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
         let what = format!("add a route to {} on interface {}", route.to, route.ifindex);
-        self.handle.route().add(message.build()).execute().await.map_err(NetError::netlink(what))
+        self.handle.route().add(message).execute().await.map_err(NetError::netlink(what))
     }
 
     /// The IPv4 and IPv6 neighbour tables.

@@ -48,6 +48,7 @@ pub(crate) fn service_object() -> Value {
 impl Api for Sample {
     fn status(&self) -> BoxFuture<'_, StatusView> {
         let view = StatusView {
+            families: vec!["IPv4".into()],
             node: "pi-1".into(),
             version: "0.1.0".into(),
             uptime_seconds: 3700,

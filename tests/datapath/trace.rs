@@ -111,6 +111,10 @@ fn frame(packet: &Packet) -> Vec<u8> {
             echo[2..4].copy_from_slice(&check.to_be_bytes());
             ipv4(from.0, to.0, proto::ICMP, &echo)
         }
+        proto::SCTP => {
+            let ports = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
+            ipv4(from.0, to.0, proto::SCTP, &[ports, vec![0; 16]].concat())
+        }
         other => ipv4(from.0, to.0, other, &[0; 20]),
     }
 }
@@ -133,6 +137,9 @@ fn matches(said: &Verdict, seen: &Seen) -> bool {
 fn packet(proto: u8, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Packet {
     Packet { src: Some(from.0.into()), sport: from.1, dst: to.0.into(), dport: to.1, proto }
 }
+
+/// A protocol without ports (RFC 2784).
+const GRE: u8 = 47;
 
 /// A generator of numbers, the same in every run.
 struct Numbers(u64);
@@ -251,6 +258,7 @@ fn what_a_trace_says_is_what_the_programs_do() {
             let protocol = match numbers.below(40) {
                 0 => proto::ICMP,
                 1 => proto::SCTP,
+                2 => GRE,
                 _ => protocol,
             };
             let client = clients[numbers.below(4) as usize];

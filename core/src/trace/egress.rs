@@ -47,7 +47,7 @@ impl<V: View> Tracer<'_, V> {
         }
         match self.find_flow()? {
             Some(flow) if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) == FLOW_REPLY => {
-                Ok(sure(Verdict::Translated(tuple(&flow))))
+                Ok(sure(self.written(Verdict::Translated(tuple(&flow)))))
             }
             _ => Ok(sure(Verdict::pass("only answers of local backends are changed on the way out"))),
         }

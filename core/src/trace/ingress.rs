@@ -11,7 +11,7 @@ use kinesin_abi::{
 use super::flows::tuple;
 use super::route::Fib;
 use super::select::{Candidate, member};
-use super::{Attached, Hook, Neighbour, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
+use super::{Attached, Hook, Neighbour, Port, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
 
 impl<V: View> Tracer<'_, V> {
     /// A packet that comes in by a device.
@@ -135,11 +135,11 @@ impl<V: View> Tracer<'_, V> {
         if !redirect {
             let step = self.stack_step(to.dst)?;
             self.say(step);
-            return Ok(sure(Verdict::Translated(to)));
+            return Ok(sure(self.written(Verdict::Translated(to))));
         }
         let (step, verdict) = self.send(ifindex, to)?;
         self.say(step);
-        Ok(sure(verdict))
+        Ok(sure(self.written(verdict)))
     }
 
     /// To the node of a backend as it is, where that is a neighbour on the packet's device with these flags.
@@ -206,7 +206,7 @@ impl<V: View> Tracer<'_, V> {
         {
             return Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict });
         }
-        let verdict = self.deliver(ifindex, &backend, &mut steps)?;
+        let verdict = self.written(self.deliver(ifindex, &backend, &mut steps)?);
         Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict })
     }
 
@@ -251,6 +251,14 @@ impl<V: View> Tracer<'_, V> {
         steps.push(Step::Source { address: source, kept: false, port: sport, why });
         let tuple = Tuple { src: source, sport, dst, dport: backend.port.get() };
         Ok(Verdict::Sent { tuple, device: self.view.device_name(egress) })
+    }
+
+    /// What becomes of a translation when it is written: a port of SCTP cannot be.
+    pub(super) fn written(&self, verdict: Verdict) -> Verdict {
+        let (Verdict::Translated(to) | Verdict::Sent { tuple: to, .. }) = &verdict else { return verdict };
+        let packet = &self.packet;
+        let kept = to.sport == Port::only(packet.sport) && to.dport == packet.dport;
+        if packet.proto == proto::SCTP && !kept { Verdict::dropped(DropReason::CsumL4) } else { verdict }
     }
 
     /// The node's address for connections that leave by one device and came in by another, and whose it is.

@@ -32,7 +32,7 @@ impl<V: View> Tracer<'_, V> {
         if !matches!(self.packet.proto, proto::TCP | proto::UDP) {
             return self.leave();
         }
-        let Some((key, by, frontend)) = self.socket_frontend()? else { return self.leave() };
+        let Some((key, by, frontend)) = self.socket_frontend(host)? else { return self.leave() };
         self.frontend_step(&key, by, &frontend, false);
         let candidates = self.choose_for_socket(&frontend, netns)?;
         let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
@@ -55,8 +55,9 @@ impl<V: View> Tracer<'_, V> {
         Ok(self.view.flow(&self.packet.key())?.is_some_and(|flow| flow.flags & FLOW_REPLY != 0))
     }
 
-    /// The frontend of a socket's destination. Loopback addresses lead to NodePorts; wildcards do not concern sockets.
-    fn socket_frontend(&mut self) -> Result<Option<(FrontendKey, &'static str, FrontendValue)>, V::Error> {
+    /// The frontend of a socket's destination. The node's loopback addresses lead to NodePorts and host ports, those of a pod
+    /// are the pod's own; wildcards do not concern sockets.
+    fn socket_frontend(&mut self, host: bool) -> Result<Option<(FrontendKey, &'static str, FrontendValue)>, V::Error> {
         let exact = self.frontend_key(Be16::new(self.packet.dport), self.packet.proto);
         let found = self.view.frontend(&exact)?;
         let mut tried = vec![text::frontend(&exact)];
@@ -64,7 +65,7 @@ impl<V: View> Tracer<'_, V> {
             if frontend.flags & frontend_flags::WILDCARD == 0 {
                 return Ok(Some((exact, "exact", frontend)));
             }
-        } else if self.packet.dst.is_loopback() {
+        } else if host && self.packet.dst.is_loopback() {
             let v6 = self.packet.dst.is_ipv6();
             let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
             let key = FrontendKey { addr: any.into(), ..exact };

@@ -198,6 +198,9 @@ fn sockets_reach_node_ports_on_loopback_and_are_bound_by_their_namespace() {
         trace.steps.iter().any(|step| step.to_string().contains("0.0.0.0:30080/TCP (any-local-address), NodePort"))
     );
 
+    let own = ask(&node, "pod", "127.0.0.1:30080");
+    assert!(matches!(own.ways[0].verdict, Verdict::Pass { .. }), "a pod's loopback is its own: {own:?}");
+
     let value = node.frontends.get_mut(&key([10, 0, 0, 100], 80)).unwrap();
     value.flags |= frontend_flags::AFFINITY;
     value.affinity = 10;

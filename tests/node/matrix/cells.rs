@@ -1,10 +1,10 @@
 //! The cells: who asks what of whom.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use kinesin::lab::programs::How;
-use kinesin::lab::{CLIENT_ADDRESS, HTTP_PORT};
+use kinesin::lab::{CLIENT_ADDRESS, CLIENT_ADDRESS6, ECHO_PORT, HTTP_PORT};
 
 /// The node by which the LAN client comes in, and through whose address NodePorts of another node are asked.
 pub(crate) const ENTRY: usize = 1;
@@ -38,6 +38,10 @@ pub(crate) enum Target {
     LoopbackNodePort,
     LoadBalancer,
     ExternalIp,
+    /// Of the backend, on its node.
+    HostPort,
+    /// The same by loopback.
+    LoopbackHostPort,
 }
 
 /// A service, by its policies and by where its only backend is.
@@ -49,29 +53,103 @@ pub(crate) struct Service {
     pub(crate) local: bool,
     /// The backend's node.
     pub(crate) home: usize,
+    pub(crate) family: Family,
 }
 
-pub(crate) const SERVICES: [Service; 4] = [
-    Service { number: 1, name: "cluster-at-entry", local: false, home: ENTRY },
-    Service { number: 2, name: "cluster-elsewhere", local: false, home: OTHER },
-    Service { number: 3, name: "local-at-entry", local: true, home: ENTRY },
-    Service { number: 4, name: "local-elsewhere", local: true, home: OTHER },
-];
+/// The services of a family.
+pub(crate) fn services(family: Family) -> [Service; 4] {
+    let of = |number, name, local, home| Service { number, name, local, home, family };
+    [
+        of(1, "cluster-at-entry", false, ENTRY),
+        of(2, "cluster-elsewhere", false, OTHER),
+        of(3, "local-at-entry", true, ENTRY),
+        of(4, "local-elsewhere", true, OTHER),
+    ]
+}
+
+/// Which addresses clients use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(crate) fn node(self, number: usize) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(10, 0, 0, 10 + number as u8).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x10 + number as u16).into(),
+        }
+    }
+
+    fn pod(self, node: usize, number: usize) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(10, 42, node as u8, number as u8).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x42, node as u16, 0, 0, 0, 0, number as u16).into(),
+        }
+    }
+
+    /// `10.<network>.0.<last>`, or `fd00:<network>::<last>`.
+    fn at(self, network: u8, last: u8) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(10, network, 0, last).into(),
+            Self::V6 => {
+                let digits = |n: u8| u16::from_str_radix(&n.to_string(), 16).unwrap();
+                Ipv6Addr::new(0xfd00, digits(network), 0, 0, 0, 0, 0, digits(last)).into()
+            }
+        }
+    }
+
+    fn client(self) -> IpAddr {
+        match self {
+            Self::V4 => CLIENT_ADDRESS.into(),
+            Self::V6 => CLIENT_ADDRESS6.into(),
+        }
+    }
+
+    fn loopback(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::LOCALHOST.into(),
+            Self::V6 => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
+    /// As Kubernetes calls it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
+    /// The networks of ClusterIPs and external IPs.
+    pub(crate) fn routed(self) -> [&'static str; 2] {
+        match self {
+            Self::V4 => ["10.43.0.0/16", "10.50.0.0/16"],
+            Self::V6 => ["fd00:43::/64", "fd00:50::/64"],
+        }
+    }
+}
 
 /// The port of ClusterIPs, VIPs and external IPs.
 const PORT: u16 = 80;
+/// The host port of every backend.
+pub(crate) const HOST_PORT: u16 = 8088;
 
 impl Service {
-    pub(crate) fn cluster_ip(&self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 43, 0, 10 + self.number)
+    pub(crate) fn cluster_ip(&self) -> IpAddr {
+        self.family.at(43, 10 + self.number)
     }
 
-    pub(crate) fn vip(&self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 0, 0, 100 + self.number)
+    pub(crate) fn vip(&self) -> IpAddr {
+        match self.family {
+            Family::V4 => self.family.at(0, 100 + self.number),
+            Family::V6 => self.family.at(10, 90 + self.number),
+        }
     }
 
-    pub(crate) fn external_ip(&self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 50, 0, 10 + self.number)
+    pub(crate) fn external_ip(&self) -> IpAddr {
+        self.family.at(50, 10 + self.number)
     }
 
     pub(crate) fn node_port(&self) -> u16 {
@@ -89,16 +167,8 @@ impl Service {
     }
 
     pub(crate) fn backend_address(&self) -> IpAddr {
-        pod(self.home, 1)
+        self.family.pod(self.home, 1)
     }
-}
-
-pub(crate) fn node(number: usize) -> IpAddr {
-    Ipv4Addr::new(10, 0, 0, 10 + number as u8).into()
-}
-
-pub(crate) fn pod(node: usize, number: usize) -> IpAddr {
-    Ipv4Addr::new(10, 42, node as u8, number as u8).into()
 }
 
 /// One question.
@@ -123,22 +193,25 @@ impl Cell {
     /// The client's own address.
     pub(crate) fn client(&self) -> IpAddr {
         match self.position {
-            Position::Lan => CLIENT_ADDRESS.into(),
-            Position::Host(number) => node(number),
-            Position::Pod(node) => pod(node, 2),
+            Position::Lan => self.service.family.client(),
+            Position::Host(number) => self.service.family.node(number),
+            Position::Pod(node) => self.service.family.pod(node, 2),
             Position::Hairpin => self.service.backend_address(),
         }
     }
 
     pub(crate) fn to(&self) -> SocketAddr {
+        let family = self.service.family;
         let node_port = |ip: IpAddr| SocketAddr::new(ip, self.service.node_port());
         match self.target {
             Target::ClusterIp => (self.service.cluster_ip(), PORT).into(),
             Target::LoadBalancer => (self.service.vip(), PORT).into(),
             Target::ExternalIp => (self.service.external_ip(), PORT).into(),
-            Target::OwnNodePort => node_port(node(self.node().unwrap_or(ENTRY))),
-            Target::EntryNodePort => node_port(node(ENTRY)),
-            Target::LoopbackNodePort => node_port(Ipv4Addr::LOCALHOST.into()),
+            Target::OwnNodePort => node_port(family.node(self.node().unwrap_or(ENTRY))),
+            Target::EntryNodePort => node_port(family.node(ENTRY)),
+            Target::LoopbackNodePort => node_port(family.loopback()),
+            Target::HostPort => (family.node(self.service.home), HOST_PORT).into(),
+            Target::LoopbackHostPort => (family.loopback(), HOST_PORT).into(),
         }
     }
 
@@ -149,6 +222,9 @@ impl Cell {
             // The LAN client has no node, and on the entry node both are one.
             Target::OwnNodePort => self.node().is_some(),
             Target::EntryNodePort => self.node() != Some(ENTRY),
+            // It is the pod's and knows no policy, so one service for each pod.
+            Target::HostPort => !self.service.local,
+            Target::LoopbackHostPort => !self.service.local && self.position == Position::Host(self.service.home),
             _ => true,
         }
     }
@@ -167,7 +243,7 @@ impl fmt::Display for Cell {
 }
 
 /// All of them.
-pub(crate) fn cells() -> Vec<Cell> {
+pub(crate) fn cells(family: Family) -> Vec<Cell> {
     let positions = [
         Position::Lan,
         Position::Host(ENTRY),
@@ -185,11 +261,13 @@ pub(crate) fn cells() -> Vec<Cell> {
         Target::LoopbackNodePort,
         Target::LoadBalancer,
         Target::ExternalIp,
+        Target::HostPort,
+        Target::LoopbackHostPort,
     ];
     let mut all = Vec::new();
     for position in positions {
         for target in targets {
-            for service in SERVICES {
+            for service in services(family) {
                 for how in [How::Tcp, How::UdpConnected, How::UdpUnconnected] {
                     let cell = Cell { position, target, service, how };
                     all.extend(cell.is_legal().then_some(cell));
@@ -201,13 +279,14 @@ pub(crate) fn cells() -> Vec<Cell> {
 }
 
 /// What the services forward to, by protocol: HTTP, and datagrams that ask who is there.
-pub(crate) fn manifests() -> String {
+pub(crate) fn manifests(family: Family) -> String {
     let mut text = String::new();
-    for service in SERVICES {
+    for service in services(family) {
         let (name, policy) = (service.name, if service.local { "Local" } else { "Cluster" });
         let (cluster_ip, vip, external) = (service.cluster_ip(), service.vip(), service.external_ip());
         let (node_port, home, entry) = (service.node_port(), service.home, service.announcer());
-        let (pod, address, echo) = (service.backend(), service.backend_address(), kinesin::lab::ECHO_PORT);
+        let ip_family = family.name();
+        let (pod, address, echo) = (service.backend(), service.backend_address(), ECHO_PORT);
         text.push_str(&format!(
             "\
 ---
@@ -216,11 +295,11 @@ kind: Service
 metadata: {{name: {name}, namespace: default, labels: {{entry: node-{entry}}}}}
 spec:
   type: LoadBalancer
-  loadBalancerIP: {vip}
-  clusterIP: {cluster_ip}
-  clusterIPs: [{cluster_ip}]
-  ipFamilies: [IPv4]
-  externalIPs: [{external}]
+  loadBalancerIP: \"{vip}\"
+  clusterIP: \"{cluster_ip}\"
+  clusterIPs: [\"{cluster_ip}\"]
+  ipFamilies: [{ip_family}]
+  externalIPs: [\"{external}\"]
   externalTrafficPolicy: {policy}
   internalTrafficPolicy: {policy}
   ports:
@@ -230,7 +309,7 @@ spec:
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {{name: {name}-1, namespace: default, labels: {{kubernetes.io/service-name: {name}}}}}
-addressType: IPv4
+addressType: {ip_family}
 ports:
   - {{name: http, protocol: TCP, port: {HTTP_PORT}}}
   - {{name: who, protocol: UDP, port: {echo}}}
@@ -242,18 +321,32 @@ endpoints:
 "
         ));
     }
-    text.push_str(
+    let (first, last) = (services(family)[0].vip(), services(family)[3].vip());
+    text.push_str(&format!(
         "\
 ---
 apiVersion: cilium.io/v2
 kind: CiliumLoadBalancerIPPool
-metadata: {name: pool}
-spec: {blocks: [{start: 10.0.0.100, stop: 10.0.0.199}]}
-",
-    );
+metadata: {{name: pool}}
+spec: {{blocks: [{{start: \"{first}\", stop: \"{last}\"}}]}}
+"
+    ));
     for number in [ENTRY, OTHER] {
+        let address = family.pod(number, 1);
         text.push_str(&format!(
             "\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: pod-{number}-1, namespace: default, uid: uid-{number}, creationTimestamp: \"2026-01-01T00:00:00Z\"}}
+spec:
+  nodeName: node-{number}
+  containers:
+    - name: web
+      ports:
+        - {{name: http, containerPort: {HTTP_PORT}, hostPort: {HOST_PORT}}}
+        - {{name: who, protocol: UDP, containerPort: {ECHO_PORT}, hostPort: {HOST_PORT}}}
+status: {{podIPs: [{{ip: \"{address}\"}}]}}
 ---
 apiVersion: cilium.io/v2alpha1
 kind: CiliumL2AnnouncementPolicy
@@ -266,7 +359,7 @@ spec:
         ));
     }
     for number in [ENTRY, OTHER, BARE] {
-        let address = node(number);
+        let address = family.node(number);
         text.push_str(&format!(
             "\
 ---

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
 use kinesin::lab::programs::{How, Outcome, PROBE, Probe, Probed};
 use kinesin::lab::{AgentHandle, AgentOptions, Lab};
 use kinesin::net::proc::Process;
@@ -14,7 +13,7 @@ use kinesin::net::rtnl::{Route, Rtnl};
 use serde_json::Value;
 
 use super::Mode;
-use super::cells::{BARE, Cell, ENTRY, OTHER, Position, SERVICES, manifests, node};
+use super::cells::{BARE, Cell, ENTRY, Family, HOST_PORT, OTHER, Position, manifests, services};
 use super::rules::{Expected, entered_by};
 
 /// Longer than anything takes on a busy machine.
@@ -22,16 +21,17 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Ground {
     agents: BTreeMap<usize, AgentHandle>,
+    family: Family,
     lab: Lab,
 }
 
 impl Ground {
-    pub(crate) async fn new(name: &str, mode: Mode) -> Self {
+    pub(crate) async fn new(name: &str, family: Family, mode: Mode) -> Self {
         let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
-        let lab = builder.nodes(3).pods_per_node(2).build().await.unwrap();
+        let lab = builder.nodes(3).pods_per_node(2).dual_stack().build().await.unwrap();
         let file = lab.manifests_dir().join("all.yaml");
-        std::fs::write(file, manifests()).unwrap();
-        let options = AgentOptions::on_manifests(&lab).config("bpf-lb-mode", mode.key);
+        std::fs::write(file, manifests(family)).unwrap();
+        let options = AgentOptions::on_manifests(&lab).config("bpf-lb-mode", mode.key).config("enable-ipv6", "true");
         let agents = [ENTRY, OTHER, BARE].map(|number| (number, lab.node(number).start_agent(&options).unwrap()));
         for home in [ENTRY, OTHER] {
             lab.pod(home, 1).serve().await.unwrap();
@@ -39,12 +39,11 @@ impl Ground {
         // What is not on the LAN, the client reaches by the entry node, as by a router's static route.
         let rtnl = Rtnl::open_in(lab.client().netns()).unwrap();
         let eth0 = rtnl.device("eth0").await.unwrap().ifindex;
-        let IpAddr::V4(entry) = node(ENTRY) else { unreachable!("an IPv4 lab") };
-        for network in [Ipv4Addr::new(10, 43, 0, 0), Ipv4Addr::new(10, 50, 0, 0)] {
-            let to = Ipv4Net::new_assert(network, 16);
-            rtnl.add_route(Route { to, via: Some(entry), ifindex: eth0, source: None }).await.unwrap();
+        for network in family.routed() {
+            let (to, via) = (network.parse().unwrap(), Some(family.node(ENTRY)));
+            rtnl.add_route(Route { to, via, ifindex: eth0, source: None }).await.unwrap();
         }
-        let ground = Self { agents: BTreeMap::from(agents), lab };
+        let ground = Self { agents: BTreeMap::from(agents), family, lab };
         ground.ready().await;
         ground
     }
@@ -67,13 +66,17 @@ impl Ground {
     async fn missing(&self) -> Option<String> {
         for number in self.agents.keys() {
             let frontends = self.get(*number, "/v1/services").await.ok()?;
-            for service in SERVICES {
-                let addresses = [
-                    format!("{}:80", service.cluster_ip()),
-                    format!("{}:80", service.vip()),
-                    format!("{}:80", service.external_ip()),
-                    format!("{}:{}", node(*number), service.node_port()),
-                ];
+            for service in services(self.family) {
+                let node_port = (self.family.node(*number), service.node_port());
+                let virtual_ips = [service.cluster_ip(), service.vip(), service.external_ip()].map(|ip| (ip, 80));
+                let host_port = (self.family.node(*number), HOST_PORT);
+                let host_port = (service.home == *number && !service.local).then_some(host_port);
+                let addresses: Vec<_> = virtual_ips
+                    .into_iter()
+                    .chain([node_port])
+                    .chain(host_port)
+                    .map(|to| SocketAddr::from(to).to_string())
+                    .collect();
                 for address in addresses.iter().flat_map(|to| [format!("{to}/TCP"), format!("{to}/UDP")]) {
                     let there = frontends
                         .as_array()?
@@ -85,7 +88,7 @@ impl Ground {
                 }
             }
         }
-        for service in SERVICES {
+        for service in services(self.family) {
             let vips = self.get(service.announcer(), "/v1/vips").await.ok()?;
             let vip = service.vip().to_string();
             let announced = vips.as_array()?.iter().any(|v| v["address"] == vip.as_str() && v["state"] == "announcing");
@@ -185,7 +188,7 @@ impl Ground {
                 Expected::Answered { .. } => {
                     let kind = verdict["kind"].as_str().unwrap_or_default();
                     ["connects", "translated", "sent"].contains(&kind)
-                        && backend.starts_with(&format!("{}:", cell.service.backend_address()))
+                        && backend.parse::<SocketAddr>().is_ok_and(|to| to.ip() == cell.service.backend_address())
                 }
                 Expected::Denied => verdict["kind"] == "denied",
                 Expected::Refused => verdict["kind"] == "dropped" && !verdict["told"].is_null(),

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use kinesin::lab::programs::{How, Outcome};
 
 use super::Mode;
-use super::cells::{Cell, ENTRY, Position, Target, node};
+use super::cells::{Cell, ENTRY, Position, Target};
 
 /// What must come of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,7 @@ pub(crate) fn excluded(_cell: &Cell, _mode: Mode) -> Option<&'static str> {
 /// By which node the packet enters the load balancer, where no socket was translated.
 pub(crate) fn entered_by(cell: &Cell) -> Option<usize> {
     match (cell.position, cell.target) {
+        (_, Target::HostPort) => Some(cell.service.home).filter(|home| cell.node() != Some(*home)),
         (Position::Lan, Target::LoadBalancer) => Some(cell.service.announcer()),
         (Position::Lan, _) | (_, Target::EntryNodePort) => Some(ENTRY),
         _ => None,
@@ -47,11 +48,16 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
         // Not for the LAN.
         return Expected::Silent;
     }
+    // A host port is on its pod's node, so it never gets here.
     if service.local && entry != service.home {
         // Nobody tells a socket that is not connected of ICMP errors.
         return if cell.how == How::UdpUnconnected { Expected::Silent } else { Expected::Refused };
     }
-    if entry == service.home || mode.keeps_client { answered(cell.client()) } else { answered(node(entry)) }
+    if entry == service.home || mode.keeps_client {
+        answered(cell.client())
+    } else {
+        answered(service.family.node(entry))
+    }
 }
 
 impl Expected {
