@@ -235,10 +235,10 @@ async fn on_this_node() -> Result<()> {
         let mut object = odd.object.clone();
         object["metadata"]["name"] = json!(crate::agent::NODE);
         let named = ObjectKey::new("", crate::agent::NODE);
-        // Odd labels may be no labels: a version tells the objects apart, which no agent reads.
-        object["metadata"]["uid"] = json!(tried.to_string());
+        // Odd labels may be no labels: a time tells the objects apart, which means nothing for nodes.
+        object["metadata"]["creationTimestamp"] = json!(tried.to_string());
         feed.write_as_is(&object)?;
-        let read = || agent.meta_of("Node", &named).is_some_and(|meta| meta.uid == tried.to_string());
+        let read = || agent.meta_of("Node", &named).is_some_and(|meta| meta.creation_timestamp == tried.to_string());
         let refused = || agent.source_problems().iter().any(|problem| problem.contains("Node here: "));
         agent.until("a word about this node", || read() || refused()).await.with_context(|| odd.name())?;
         agent.pass_fence().await?;
