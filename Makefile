@@ -15,7 +15,7 @@ run: setup ## build, and show a LoadBalancer Service working on three nodes made
 test: ## every test, against the real kernel and a real API server (the first time builds one: about 5 minutes)
 	@scripts/test.sh
 
-test-kernels: ## the data path's tests on this kernel's programs and on Debian's 6.1, booted in qemu (ONLY="flows::": some of them)
+test-kernels: ## the data path's tests on Debian's 6.1, booted in qemu (ONLY="flows::": some of them)
 	@tests/kernels/boot.sh $(ONLY)
 
 check: ## formatting, lints, documentation, licences and advisories
