@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, send};
 use crate::kube_proxy::{self, KubeProxy};
 use crate::report::{heading, line};
-use crate::traffic::{SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
+use crate::traffic::{PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
 
 /// Addresses that nobody has to answer for: the client has routes to them.
 const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
@@ -86,6 +86,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
 fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
     let lab = &cluster.lab;
     let pods = [lab.pod(1, 1), lab.pod(2, 1)];
+    // Also for the requests that only see whether the services are there.
+    lab.client().netns().run(|| std::fs::write(PORT_RANGE, PORTS_THROUGH))??;
     cluster.runtime.block_on(async {
         for pod in &pods {
             pod.serve().await?;

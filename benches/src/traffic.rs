@@ -19,9 +19,9 @@ pub(crate) const SINK_PORT: u16 = 5_001;
 
 const TURN: Duration = Duration::from_millis(500);
 const TURNS: usize = 15;
-const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+pub(crate) const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 /// Apart from each other, so that no balancer meets the same two ends once translated and once not.
-const PORTS_THROUGH: &str = "10000 35000";
+pub(crate) const PORTS_THROUGH: &str = "10000 35000";
 const PORTS_DIRECT: &str = "36000 60999";
 const CONNECTIONS: usize = 8;
 /// No answer for so long is a connection that does not work; on a busy machine, a server has not run for seconds.
