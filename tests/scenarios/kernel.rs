@@ -20,7 +20,6 @@ pub const SIZES: MapSizes = MapSizes {
     transient: 1024,
     fragments: 64,
     sockets: 1024,
-    fragments: 64,
     affinity: 1024,
     ranges: 1024,
     l2: 64,
