@@ -153,9 +153,10 @@ impl Agent {
     pub async fn write(&mut self, feed: &mut Feed, apply: &[serde_json::Value], delete: &[Key]) -> Result<()> {
         let written = feed.write(apply, delete).await?;
         let seen = |written: &Written| {
-            let arrived = self.meta(&written.key).is_some_and(|meta| {
-                meta.labels.get(WRITE_LABEL).is_some_and(|stamp| *stamp == written.stamp)
-                    && meta.resource_version.parse().unwrap_or(0) >= written.version
+            // The watch of an API server keeps of a slice's labels only the Service's name; its objects have versions.
+            let arrived = self.meta(&written.key).is_some_and(|meta| match written.version {
+                0 => meta.labels.get(WRITE_LABEL).is_some_and(|stamp| *stamp == written.stamp),
+                version => meta.resource_version.parse().unwrap_or(0) >= version,
             });
             arrived || self.is_refused(&written.key)
         };
