@@ -86,7 +86,7 @@ impl Agent {
             hostname: NODE.to_owned(),
         };
         let (config, report) = config::load(&inputs)?;
-        let memory = Arc::new(MemoryMaps::new(kernel::SIZES));
+        let memory = Arc::new(MemoryMaps::new(kernel::sizes()));
         let kernel = tokio::task::spawn_blocking(kernel::borrow).await?;
         let world = World::new(NODE.into(), config);
         let kernel_world = World {

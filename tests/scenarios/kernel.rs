@@ -10,30 +10,20 @@ use kinesin_core::plan::{Actual, Limits, Planner};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-/// Of memory maps as of the kernel's.
-pub const SIZES: MapSizes = MapSizes {
-    frontends: 1024,
-    slots: 4096,
-    backends: 1024,
-    maglev: 64,
-    flows: 1024,
-    transient: 1024,
-    fragments: 64,
-    sockets: 1024,
-    affinity: 1024,
-    ranges: 1024,
-    l2: 64,
-    devices: 16,
-};
+/// Of memory maps as of the kernel's: small where there is a table per service, as usual elsewhere.
+pub fn sizes() -> MapSizes {
+    MapSizes { frontends: 1024, slots: 4096, backends: 1024, maglev: 64, ranges: 1024, ..MapSizes::default() }
+}
 
-/// What a planner may put into maps of [`SIZES`].
+/// What a planner may put into maps of [`sizes`].
 pub fn limits() -> Limits {
+    let sizes = sizes();
     Limits {
-        frontends: SIZES.frontends,
-        slots: SIZES.slots,
-        backends: SIZES.backends,
-        maglev_tables: SIZES.maglev,
-        source_ranges: SIZES.ranges,
+        frontends: sizes.frontends,
+        slots: sizes.slots,
+        backends: sizes.backends,
+        maglev_tables: sizes.maglev,
+        source_ranges: sizes.ranges,
         maglev_size: MAGLEV_TABLE_SIZE,
         maglev_seed: HashSeed::default(),
     }
@@ -82,7 +72,7 @@ fn made() -> Arc<KernelMaps> {
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("mounts become private");
         let root = tempfile::tempdir().expect("a temporary directory");
         ensure_bpffs(root.path()).expect("root may mount bpf");
-        let options = LoadOptions { max_entries: SIZES, ..LoadOptions::new(root.path()) };
+        let options = LoadOptions { max_entries: sizes(), ..LoadOptions::new(root.path()) };
         let datapath = Datapath::load(&options).expect("the maps are made");
         let _ = send.send(datapath.kernel_maps());
         drop(datapath);
