@@ -42,7 +42,7 @@ impl Cluster {
         let plane = ControlPlane::start(&lab.dir().join("control-plane"), options)?;
         let cluster = Self { plane, lab, runtime };
         for node in cluster.lab.nodes() {
-            cluster.create_node(&node)?;
+            cluster.create_node(node)?;
         }
         Ok(cluster)
     }

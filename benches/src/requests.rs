@@ -100,7 +100,7 @@ fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
         let eth0 = rtnl.device("eth0").await?.ifindex;
         let via = |node: &kinesin::lab::Node| Some(node.address().into());
         for node in lab.nodes() {
-            rtnl.add_route(Route { to: node.pod_cidr().into(), via: via(&node), ifindex: eth0, source: None }).await?;
+            rtnl.add_route(Route { to: node.pod_cidr().into(), via: via(node), ifindex: eth0, source: None }).await?;
         }
         for vip in VIPS {
             let to = ipnet::Ipv4Net::new(vip, 32)?.into();

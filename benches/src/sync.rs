@@ -291,7 +291,10 @@ fn churn(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<(
     let before = histogram(cluster, agent)?;
     let (cpu, begun) = (cpu_time(pid)?, Instant::now());
     let end = begun + Duration::from_secs(SECONDS.into());
-    let rss = |samples: &mut Vec<u64>| anyhow::Ok(samples.push(memory(pid, "VmRSS")?));
+    let rss = |samples: &mut Vec<u64>| {
+        samples.push(memory(pid, "VmRSS")?);
+        anyhow::Ok(())
+    };
     let mut samples = Vec::new();
     rss(&mut samples)?;
     let done = std::thread::scope(|scope| {

@@ -13,6 +13,9 @@ use crate::rig::*;
 
 type End = (IpAddr, u16);
 
+/// From the id of the first remote backend to that of the other, which no service of the rig has.
+const SECOND: u32 = 60;
+
 /// A segment from one end to another.
 fn segment(from: End, to: End, flags: u8) -> Vec<u8> {
     match (from.0, to.0) {
@@ -41,7 +44,7 @@ struct Side {
     vip: IpAddr,
     /// The remote backend first chosen, and another.
     pods: [IpAddr; 2],
-    /// Id of the remote backend.
+    /// Id of the remote backend, and the slot of the service's only member.
     id: u32,
     six: bool,
 }
@@ -92,9 +95,12 @@ impl Side {
         assert_eq!(heard, (self.service(), (self.client, port)));
     }
 
-    /// Exchanges the service's backend.
+    /// Exchanges the service's backend; the one before keeps what it has.
     fn serve_by(&self, pod: usize) {
-        self.rig.maps.apply(&[Op::Backend(self.id, backend(self.pods[pod], 8080, proto::TCP, false))]).unwrap();
+        let second = self.id + SECOND;
+        let slot = if pod == 0 { self.id } else { second };
+        let ops = [Op::Backend(second, backend(self.pods[1], 8080, proto::TCP, false)), Op::Slot(self.id, slot)];
+        self.rig.maps.apply(&ops).unwrap();
     }
 }
 

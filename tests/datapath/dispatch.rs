@@ -87,8 +87,15 @@ fn handed_on(frame: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Where connections are.
+const TABLES: [&str; 2] = ["flows", "transient"];
+
 fn flows(rig: &Rig) -> Vec<kinesin_abi::FlowValue> {
-    rig.maps.raw_entries("flows").unwrap().iter().map(|(key, value)| decode(key, value).1).collect()
+    TABLES
+        .iter()
+        .flat_map(|table| rig.maps.raw_entries(table).unwrap())
+        .map(|(key, value)| decode(&key, &value).1)
+        .collect()
 }
 
 fn client(port: u16) -> End {
@@ -313,9 +320,11 @@ fn a_client_that_begins_again_from_the_same_port_is_given_a_backend_anew_once_it
             let last = tcp(client(40_000), to, ACK);
             assert_eq!(rig.ingress(&last).1, handed_on(&last));
             assert_eq!(ends(&rig.ingress(&first).1).0.0, NODE);
-            rig.maps.raw_entries("flows").unwrap().iter().for_each(|(key, _)| {
-                rig.maps.raw_delete("flows", key).unwrap();
-            });
+            for table in TABLES {
+                for (key, _) in rig.maps.raw_entries(table).unwrap() {
+                    rig.maps.raw_delete(table, &key).unwrap();
+                }
+            }
             peer(&rig, PEER_TAKES_NEW);
         }
         // A backend that is gone is no reason to stay either.

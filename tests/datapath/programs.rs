@@ -56,8 +56,8 @@ fn every_program_passes_this_kernels_verifier_and_stays_far_from_its_limit() {
             println!("| `{name}` | {} | {bytes} | {} | {verified} |", bytes / 8, info.size_jitted());
             most = most.max(verified);
         }
-        // The limit is a million; older kernels prune less than newer ones.
-        assert!(most < 150_000, "{most}");
+        // The limit is a million; older kernels prune less than newer ones. Handing packets on costs a third of it.
+        assert!(most < 200_000, "{most}");
     });
 }
 

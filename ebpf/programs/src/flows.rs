@@ -12,8 +12,8 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
-    Timeouts, proto, tcp_closed,
+    FlowCount, FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
+    tcp_closed,
 };
 
 use crate::{
@@ -289,13 +289,7 @@ pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId) -> Result<(),
         backend: id,
         slot: 0,
     };
-    // A settled entry of the past would be found first.
-    if client.proto == proto::TCP && FLOWS.remove(client).is_ok() {
-        count(FlowCount::Removed);
-    }
-    TRANSIENT.insert(client, &flow, BPF_ANY as u64).map_err(|_| DropReason::FlowInsertFailed)?;
-    count(FlowCount::Created);
-    Ok(())
+    if write(client, &flow, 1) == TAKEN { Ok(()) } else { Err(DropReason::FlowInsertFailed) }
 }
 
 /// What a new connection becomes.
@@ -355,6 +349,8 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
 const OCCUPIED: u32 = 0;
 const TAKEN: u32 = 1;
 const FAILED: u32 = 2;
+/// Added to where an entry was found: connections that are over make way.
+const PRESSED: u32 = 4;
 
 /// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
 /// the first port and, in the lower half, how many there are.
@@ -404,7 +400,7 @@ fn take(key: &FlowKey, reply: &FlowValue, pressed: u32) -> u32 {
     // SAFETY: the entry of the packet at hand, which this memory is for, has not been found.
     let Some(holder) = FLOW.get_ptr_mut(0).map(|flow| unsafe { &mut *flow }) else { return FAILED };
     let place = fetch(key, holder);
-    if place != ABSENT && yields(holder, key, reply, place, pressed) == 0 {
+    if place != ABSENT && yields(holder, key, reply, place | pressed * PRESSED) == 0 {
         return OCCUPIED;
     }
     write(key, reply, place)
@@ -440,27 +436,29 @@ fn write(key: &FlowKey, value: &FlowValue, over: u32) -> u32 {
 /// Whether a reply entry makes way for a new one: it leads to the same, its connection is over, or has been silent for
 /// longer than it may.
 #[inline(never)]
-fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, place: u32, pressed: u32) -> u32 {
-    let now = reply.last_seen;
+fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32 {
+    let place = how & !PRESSED;
     if same_tuple(holder, reply) {
         return 1;
     }
     // A closed connection may still send its last segments; spare it while others may do. One that is being moved has
     // its partner elsewhere.
-    if place == MOVING || pressed != 0 && tcp_closed(holder.tcp) {
+    if place == MOVING || how & PRESSED != 0 && tcp_closed(holder.tcp) {
         return (place != MOVING) as u32;
     }
-    let timeouts = lookup::settings().map_or(Timeouts::DEFAULT, |settings| settings.timeouts);
-    let quiet = timeouts.of(key.proto, holder.flags, holder.tcp, place == SETTLED) as u64 * SECOND;
-    if now.saturating_sub(holder.last_seen) <= quiet {
+    // Few arguments, and what is long is read and written where it is: nothing is deeper, and the stack is short.
+    let (Some(settings), Some(packet)) = (lookup::settings(), lookup::scratch()) else { return 0 };
+    let quiet = settings.timeouts.of(key.proto, holder.flags, holder.tcp, place == SETTLED) as u64 * SECOND;
+    if reply.last_seen.saturating_sub(holder.last_seen) <= quiet {
         return 0;
     }
     // The client may be the only one who talks.
-    (now.saturating_sub(last_seen(&partner_key(holder, key))) > quiet) as u32
+    packet.quoted = partner_key(holder, key);
+    (lookup::now().saturating_sub(last_seen(&packet.quoted)) > quiet) as u32
 }
 
 /// When an entry was last used; 0 where there is none.
-#[inline(never)]
+#[inline(always)]
 fn last_seen(key: &FlowKey) -> u64 {
     if key.proto == proto::TCP
         && let Some(flow) = FLOWS.get_ptr_mut(key)

@@ -49,7 +49,7 @@ const TTL: u8 = 64;
 pub fn from_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     match ingress::<F>(skb, link) {
         // Done here, where there is stack left for it.
-        HAND_ON => hand_on::<F>(skb),
+        HAND_ON if link == ETHERNET => hand_on::<F>(skb),
         code => Ok(Verdict::Answered(code)),
     }
 }

@@ -98,13 +98,22 @@ fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, 
 /// A packet with ports.
 #[inline(always)]
 fn translate<F: Family>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
-    if let Some(flow) = flows::find(packet)
-        && let Some(verdict) = follow::<F>(skb, packet, flow)?
-    {
-        return Ok(verdict);
+    if let Some(flow) = flows::find(packet) {
+        if flow.flags & FLOW_HANDED_ON == 0 {
+            return follow::<F>(skb, packet, flow);
+        }
+        // Without Ethernet there are no neighbours to hand it to: it begins anew, as when its node is gone.
+        if link == ETHERNET
+            && let Some(verdict) = go_on::<F>(skb, packet, flow)?
+        {
+            return Ok(verdict);
+        }
     }
-    let frontend = lookup::frontend(&packet.flow)?;
-    match frontend.or_else(|| dispatch::node_port_of_peer::<F>(skb, link, &packet.flow)) {
+    let mut frontend = lookup::frontend(&packet.flow)?;
+    if link == ETHERNET && frontend.is_none() {
+        frontend = dispatch::node_port_of_peer::<F>(skb, link, &packet.flow);
+    }
+    match frontend {
         Some(frontend) => begin::<F>(skb, link, packet, frontend),
         None => Ok(Verdict::Pass),
     }
@@ -119,32 +128,39 @@ fn parse<F: Family>(skb: Skb, link: u32, packet: &mut Packet) -> Result<(), Unpa
     }
 }
 
-/// A packet of a known connection; none where that connection cannot go on as it was, and begins anew.
+/// A packet of a known connection.
 #[inline(always)]
-fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Option<Verdict>, DropReason> {
+fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Verdict, DropReason> {
     if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
         return Err(DropReason::Fragment);
     }
     let redirect = flow.flags & FLOW_REDIRECT != 0;
     if !redirect && flow.flags & FLOW_REPLY != 0 {
         // A reply of a local backend leaves by egress; whoever claims to be one out here is not.
-        return Ok(Some(Verdict::Pass));
+        return Ok(Verdict::Pass);
     }
     if redirect && packet.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
-    if flow.flags & FLOW_HANDED_ON != 0 {
-        return dispatch::follow::<F>(skb, flow);
-    }
     if !redirect {
         rewrite::translate::<F>(skb, packet, &to, false)?;
-        return Ok(Some(Verdict::Translated));
+        return Ok(Verdict::Translated);
     }
     let route = route::find::<F>(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
     rewrite::translate::<F>(skb, packet, &to, true)?;
-    Ok(Some(Verdict::Sent(route::send::<F>(skb, &route))))
+    Ok(Verdict::Sent(route::send::<F>(skb, &route)))
+}
+
+/// A packet of a connection that another node has; none where that node is gone.
+#[inline(always)]
+fn go_on<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Option<Verdict>, DropReason> {
+    if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
+        return Err(DropReason::Fragment);
+    }
+    flows::track(packet, flow);
+    dispatch::follow::<F>(skb, flow)
 }
 
 /// The first packet of a connection to one of our frontends.
@@ -175,6 +191,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
     let backend = lookup::backend(id).ok_or(DropReason::NoBackend)?;
     let redirect = backend.flags & BACKEND_LOCAL == 0;
     if redirect
+        && link == ETHERNET
         && packet.handed_on == 0
         && frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2
         && let Some(verdict) = dispatch::begin::<F>(skb, packet, frontend, (id, backend))?

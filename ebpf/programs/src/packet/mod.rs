@@ -53,7 +53,8 @@ pub struct Packet {
     /// The longest packet that the way takes which this one does not fit; 0 where the kernel does not say (before 5.12),
     /// which makes the sender guess (RFC 1191 section 5).
     pub mtu: u16,
-    /// Of what an ICMP error quotes: the tuple turned round, which is that of packets on the error's way.
+    /// Of what an ICMP error quotes: the tuple turned round, which is that of packets on the error's way. Else free
+    /// for a tuple that there is no stack for.
     pub quoted: FlowKey,
     /// Of IPv6: the headers of an answer, while it is made.
     pub answer: Headers6,
