@@ -25,6 +25,7 @@ pub(crate) struct Mode {
     pub(crate) keeps_client: bool,
 }
 
+const L2: Mode = Mode { key: "l2", keeps_client: true };
 const SNAT: Mode = Mode { key: "snat", keeps_client: false };
 
 /// Runs all cells of one lab, and says everything that is wrong with it at once.
@@ -68,4 +69,14 @@ async fn ipv4_snat() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ipv6_snat() {
     holds("matrix-snat6", Family::V6, SNAT).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_l2() {
+    holds("matrix-l2", Family::V4, L2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_l2() {
+    holds("matrix-l2-6", Family::V6, L2).await;
 }

@@ -18,7 +18,7 @@ use crate::net::{Netns, sysctl};
 const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The same for IPv6.
 const POD_GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
-/// Addresses are usable at once: nobody else is there to have them.
+/// Link-local addresses are usable at once: nobody else is there to have them.
 const NO_DAD: [(&str, &str); 2] = [("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")];
 const BRIDGE: &str = "lan";
 

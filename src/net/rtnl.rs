@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use kinesin_core::devices::Device;
-use rtnetlink::packet_route::address::AddressScope;
+use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteScope};
@@ -155,14 +155,18 @@ impl Rtnl {
         self.set(message, format!("make interface {ifindex} a port of {bridge}")).await
     }
 
-    /// Adds an address; IPv4 link-local ones get link scope, so that they are never chosen as a source for others.
+    /// Adds an address; IPv4 link-local ones get link scope, so that they are never chosen as a source for others. IPv6
+    /// ones are not probed for duplicates (RFC 4862 section 5.4).
     ///
     /// # Errors
     /// When it is there already.
     pub async fn add_address(&self, ifindex: u32, address: IpNet) -> Result<(), NetError> {
         let mut request = self.handle.address().add(ifindex, address.addr(), address.prefix_len());
-        if matches!(address.addr(), IpAddr::V4(v4) if v4.is_link_local()) {
-            request.message_mut().header.scope = AddressScope::Link;
+        match address.addr() {
+            IpAddr::V4(v4) if v4.is_link_local() => request.message_mut().header.scope = AddressScope::Link,
+            IpAddr::V4(_) => {}
+            // Usable at once, as nobody else has it.
+            IpAddr::V6(_) => request.message_mut().header.flags |= AddressHeaderFlags::Nodad,
         }
         request.execute().await.map_err(NetError::netlink(format!("add {address} to interface {ifindex}")))
     }

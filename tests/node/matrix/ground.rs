@@ -187,7 +187,7 @@ impl Ground {
             let fits = match expected {
                 Expected::Answered { .. } => {
                     let kind = verdict["kind"].as_str().unwrap_or_default();
-                    ["connects", "translated", "sent"].contains(&kind)
+                    ["connects", "translated", "sent", "handed-on"].contains(&kind)
                         && backend.parse::<SocketAddr>().is_ok_and(|to| to.ip() == cell.service.backend_address())
                 }
                 Expected::Denied => verdict["kind"] == "denied",

@@ -53,11 +53,10 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
         // Nobody tells a socket that is not connected of ICMP errors.
         return if cell.how == How::UdpUnconnected { Expected::Silent } else { Expected::Refused };
     }
-    if entry == service.home || mode.keeps_client {
-        answered(cell.client())
-    } else {
-        answered(service.family.node(entry))
-    }
+    // What comes from the backend's own node is not handed back to it: its stack would take the client's address, which is
+    // its own or its pod's, for a forged one.
+    let handed_on = mode.keeps_client && cell.node() != Some(service.home);
+    if entry == service.home || handed_on { answered(cell.client()) } else { answered(service.family.node(entry)) }
 }
 
 impl Expected {
