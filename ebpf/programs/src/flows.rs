@@ -400,7 +400,7 @@ fn take(key: &FlowKey, reply: &FlowValue, pressed: u32) -> u32 {
     // SAFETY: the entry of the packet at hand, which this memory is for, has not been found.
     let Some(holder) = FLOW.get_ptr_mut(0).map(|flow| unsafe { &mut *flow }) else { return FAILED };
     let place = fetch(key, holder);
-    if place != ABSENT && yields(holder, key, reply, place | pressed * PRESSED) == 0 {
+    if place != ABSENT && yields(holder, key, reply, place | (pressed * PRESSED)) == 0 {
         return OCCUPIED;
     }
     write(key, reply, place)
