@@ -2,6 +2,7 @@
 //! answers, whom the pod sees as its client, and what is refused. One lab per family and mode, shared by all its cells.
 
 #![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
+#![allow(clippy::print_stdout, reason = "what is left out is told in the test's output")]
 
 #[path = "node/matrix/cells.rs"]
 mod cells;

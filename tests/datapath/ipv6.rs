@@ -239,8 +239,11 @@ fn what_does_not_fit_its_way_is_reported_with_the_mtu() {
     });
 }
 
+/// An extension header: its number, and what follows the number of the next one.
+type Header = (u8, Vec<u8>);
+
 /// Chains of extension headers that hosts send, with their length.
-fn chains() -> Vec<(Vec<(u8, Vec<u8>)>, usize)> {
+fn chains() -> Vec<(Vec<Header>, usize)> {
     // Type 0 with no segments left, and an authentication header with a value of 12 bytes.
     let routing = (43, vec![2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let authentication = (51, vec![4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
