@@ -38,7 +38,10 @@ use libtest_mimic::{Arguments, Trial};
 use feed::SourceKind;
 
 /// What is no case file.
-const TESTS: [(&str, fn() -> anyhow::Result<()>); 9] = [
+/// A test's name, and what it does.
+type Test = (&'static str, fn() -> anyhow::Result<()>);
+
+const TESTS: [Test; 9] = [
     ("r40_edits_end_as_if_created_so", edits::r40_edits_end_as_if_created_so),
     (
         "r56_a_single_change_goes_at_once_and_a_burst_in_batches",
