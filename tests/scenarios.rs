@@ -37,10 +37,10 @@ use libtest_mimic::{Arguments, Trial};
 
 use feed::SourceKind;
 
-/// What is no case file.
 /// A test's name, and what it does.
 type Test = (&'static str, fn() -> anyhow::Result<()>);
 
+/// What is no case file.
 const TESTS: [Test; 9] = [
     ("r40_edits_end_as_if_created_so", edits::r40_edits_end_as_if_created_so),
     (

@@ -26,7 +26,7 @@ fn tamper(maps: &KernelMaps, table: &'static str, rng: &mut StdRng) {
         "maglev" => (4, 65_536),
         "l2" => (20, 8),
         "devices" => (4, 28),
-        "settings" => (4, 56),
+        "settings" => (4, size_of::<kinesin_abi::Settings>()),
         other => panic!("{other} is not tampered with"),
     };
     let is_array = matches!(table, "slots" | "backends" | "settings");

@@ -212,20 +212,21 @@ async fn one_bad_object_is_reported_and_the_others_arrive() {
     for streaming in [StreamingLists::Served, StreamingLists::Refused] {
         let api = Api::start().await;
         api.world().streaming = streaming;
-        let slice = |port: i64| json!({"addressType": "IPv4", "ports": [{"port": port}], "endpoints": null});
-        api.put(SLICES, "x", "a", slice(80));
-        api.put(SLICES, "x", "bad", slice(-1));
-        api.put(SLICES, "x", "c", slice(80));
+        let slice =
+            |port: serde_json::Value| json!({"addressType": "IPv4", "ports": [{"port": port}], "endpoints": null});
+        api.put(SLICES, "x", "a", slice(json!(80)));
+        api.put(SLICES, "x", "bad", slice(json!("http")));
+        api.put(SLICES, "x", "c", slice(json!(80)));
         let source = connect(&api).await;
         let mut slices = Follower::new(source.endpoint_slices()).await;
         assert_eq!(slices.names(), ["x/a", "x/c"], "{streaming:?}");
         assert!(slices.problems[0].contains("EndpointSlice x/bad: ports[0].port"), "{:?}", slices.problems);
         // A good object that turns bad keeps its last good state; a bad one that turns good arrives.
-        api.put(SLICES, "x", "c", slice(70_000));
+        api.put(SLICES, "x", "c", slice(json!("https")));
         slices.until(|s| s.problems.len() == 2).await;
         assert_eq!(slices.objects["x/c"].ports[0].port, Some(80));
         assert_eq!(source.health().problems.len(), 2);
-        api.put(SLICES, "x", "bad", slice(81));
+        api.put(SLICES, "x", "bad", slice(json!(81)));
         api.delete(SLICES, "x", "c");
         slices.until(|s| s.names() == ["x/a", "x/bad"]).await;
         assert!(source.health().problems.is_empty(), "{:?}", source.health());
