@@ -167,7 +167,7 @@ async fn dual_stack(name: &str) -> (Lab, Vec<AgentHandle>) {
     let lab = builder.nodes(2).pods_per_node(1).build().await.unwrap();
     add_ipv6(&lab);
     std::fs::write(lab.manifests_dir().join("all.yaml"), manifests(&lab)).unwrap();
-    let options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true");
+    let options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true").config("bpf-lb-mode", "snat");
     let agents: Vec<_> = lab.nodes().iter().map(|node| node.start_agent(&options).unwrap()).collect();
     for pod in lab.pods() {
         pod.serve().await.unwrap();

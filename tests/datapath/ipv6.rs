@@ -147,7 +147,7 @@ fn unknown_ports_cluster_ips_and_routeless_backends_are_dropped_for_their_reason
             rig.assert_dropped(&syn(protocol, (CLIENT6, 40_000), (CLUSTER_IP6, 80)), DropReason::IsClusterIp);
             rig.assert_dropped(&syn(protocol, (CLIENT6, 40_000), (VIP6, TO_ROUTELESS)), DropReason::FibLookupFailed);
         }
-        for protocol in [proto::SCTP, 47, 50, 59] {
+        for protocol in [46, 47, 50, 59] {
             rig.assert_dropped(&ipv6(CLIENT6, VIP6, protocol, &[0; 32]), DropReason::UnknownL4);
             rig.assert_untouched(&ipv6(CLIENT6, NODE6, protocol, &[0; 32]));
         }
