@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -48,6 +48,9 @@ pub enum How {
 pub struct Probe {
     /// Comes back with the answer.
     pub id: usize,
+    /// The local port. Its own for each probe: a backend that sees two connections of one client with one port, one to
+    /// itself and one to a service, could not tell them apart.
+    pub port: u16,
     /// Whom to ask.
     pub to: SocketAddr,
     /// How.
@@ -113,9 +116,9 @@ async fn one(probe: Probe) -> Outcome {
     let limit = Duration::from_millis(probe.limit_ms);
     let work = async {
         match probe.how {
-            How::Tcp => tcp(probe.to).await,
-            How::UdpConnected => udp(probe.to, true).await,
-            How::UdpUnconnected => udp(probe.to, false).await,
+            How::Tcp => tcp(probe.port, probe.to).await,
+            How::UdpConnected => udp(probe.port, probe.to, true).await,
+            How::UdpUnconnected => udp(probe.port, probe.to, false).await,
         }
     };
     match timeout(limit, work).await {
@@ -130,8 +133,16 @@ async fn one(probe: Probe) -> Outcome {
     }
 }
 
-async fn tcp(to: SocketAddr) -> io::Result<Outcome> {
-    let stream = TcpStream::connect(to).await?;
+/// Every address of the namespace, in the family of another one.
+fn any(to: SocketAddr, port: u16) -> SocketAddr {
+    let ip = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(ip, port)
+}
+
+async fn tcp(port: u16, to: SocketAddr) -> io::Result<Outcome> {
+    let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.bind(any(to, port))?;
+    let stream = socket.connect(to).await?;
     let peer = stream.peer_addr()?;
     let answer = request(stream, to, "/").await.map_err(io::Error::other)?;
     Ok(match answer.backend {
@@ -140,9 +151,8 @@ async fn tcp(to: SocketAddr) -> io::Result<Outcome> {
     })
 }
 
-async fn udp(to: SocketAddr, connected: bool) -> io::Result<Outcome> {
-    let any = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
+async fn udp(port: u16, to: SocketAddr, connected: bool) -> io::Result<Outcome> {
+    let socket = UdpSocket::bind(any(to, port)).await?;
     let mut bytes = [0; 512];
     if connected {
         socket.connect(to).await?;

@@ -16,6 +16,8 @@ use super::Mode;
 use super::cells::{BARE, Cell, ENTRY, Family, HOST_PORT, OTHER, Position, manifests, services};
 use super::rules::{Expected, entered_by};
 
+/// Source port of the first probe.
+const FIRST_PORT: u16 = 20_000;
 /// Longer than anything takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -111,7 +113,9 @@ impl Ground {
             let limit_ms = limit.as_millis() as u64;
             // The backends of two services on one node are one pod.
             let home = if cell.position == Position::Hairpin { cell.service.home } else { 0 };
-            let probe = Probe { id, to: cell.to(), how: cell.how, limit_ms };
+            // Outside the ranges of NodePorts and of translation, whose ports on a node are not its sockets' to take.
+            let port = FIRST_PORT + id as u16;
+            let probe = Probe { id, port, to: cell.to(), how: cell.how, limit_ms };
             by_client.entry((cell.position, home)).or_default().push(probe);
         }
         let mut running = Vec::new();
