@@ -91,7 +91,7 @@ fn collect() {
     unsafe { mi_collect(true) }
 }
 
-/// For threads that have nothing to do: [`collect`]s, at most once a second.
+/// For threads that have nothing to do: collects, at most once a second.
 pub fn on_idle() {
     thread_local!(static LAST: Cell<Option<Instant>> = const { Cell::new(None) });
     let now = Instant::now();
