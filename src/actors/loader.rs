@@ -256,6 +256,7 @@ impl Loader {
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
             settings.maglev_seed = seed(&config).jhash;
             settings.timeouts = config.services.timeouts.to_abi();
+            settings.pad = 0;
             let node_ports = config.services.node_port_range;
             (settings.node_port_min, settings.node_port_max) = (node_ports.first, node_ports.last);
             differs = *settings != before;

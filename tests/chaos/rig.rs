@@ -140,7 +140,14 @@ impl Rig {
 
     /// The sum of a metric over its labels.
     pub(crate) async fn metric(&self, number: usize, name: &str) -> f64 {
-        let (status, text) = self.agent(number).get("/metrics").await.unwrap();
+        let mut found = None;
+        // Asked while the server itself may be on its way back.
+        eventually("the agent tells its metrics", async || {
+            found = self.agent(number).get("/metrics").await.ok();
+            found.is_some()
+        })
+        .await;
+        let (status, text) = found.expect("just seen");
         assert_eq!(status, 200, "{text}");
         let lines = text
             .lines()
