@@ -86,9 +86,15 @@ impl<V: View> Tracer<'_, V> {
             if flow.flags & FLOW_HANDED_ON == 0 {
                 return self.follow(ifindex, &flow);
             }
-            let backend = self.view.backend(flow.backend)?.filter(|backend| backend.addr == flow.dst);
-            if let Some(backend) = backend
-                && let Some(verdict) = self.hand_on(ifindex, backend.node(), 0)?
+            // TCP remembers the node, other protocols their backend.
+            let node = if self.packet.proto == proto::TCP {
+                Some(flow.slot)
+            } else {
+                let backend = self.view.backend(flow.backend)?;
+                backend.filter(|backend| backend.addr == flow.dst).map(|backend| backend.node())
+            };
+            if let Some(node) = node
+                && let Some(verdict) = self.hand_on(ifindex, node, 0)?
             {
                 return Ok(sure(verdict));
             }

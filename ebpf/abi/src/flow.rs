@@ -44,7 +44,7 @@ pub struct FlowValue {
     /// The backend chosen; checked against the backends array for connectionless protocols.
     pub backend: BackendId,
     /// Where the client's direction of a connectionless flow last found its backend among the members of its service; 0
-    /// before the first look.
+    /// before the first look. Of TCP that was handed on: the [`crate::NodeTag`] of the node that has it.
     pub slot: u32,
 }
 

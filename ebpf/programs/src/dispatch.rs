@@ -13,8 +13,8 @@
 
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue,
-    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags,
+    Addr, BACKEND_LOCAL, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
 };
 
 use crate::{
@@ -99,14 +99,22 @@ pub fn begin<F: Family>(
 
 /// Hands a packet of a known connection on, or an ICMP error about one; none where its node is gone, or sent it itself.
 #[inline(always)]
-pub fn follow<F: Family>(skb: Skb, flow: &FlowValue) -> Result<Option<Verdict>, DropReason> {
-    let Some(backend) = lookup::backend(flow.backend) else { return Ok(None) };
-    // Its id may be another one's by now.
-    if !F::same(&backend.addr, &flow.dst) {
-        return Ok(None);
-    }
-    let Some(peer) = lookup::peer(&PeerKey::of_node(backend.node())) else { return Ok(None) };
+pub fn follow<F: Family>(skb: Skb, flow: &FlowValue, protocol: u8) -> Result<Option<Verdict>, DropReason> {
+    let Some(node) = node_of::<F>(flow, protocol) else { return Ok(None) };
+    let Some(peer) = lookup::peer(&PeerKey::of_node(node)) else { return Ok(None) };
     outcome(send::<F>(skb, peer))
+}
+
+/// The node that has the connection. TCP remembers it, so that nothing that happens to the backends tears it; the entry of
+/// other protocols has its place among the members there.
+#[inline(always)]
+fn node_of<F: Family>(flow: &FlowValue, protocol: u8) -> Option<NodeTag> {
+    if protocol == proto::TCP {
+        return Some(flow.slot);
+    }
+    let backend = lookup::backend(flow.backend)?;
+    // Its id may be another one's by now.
+    F::same(&backend.addr, &flow.dst).then(|| backend.node())
 }
 
 // What sending comes to. Plain numbers, so that all ways out of a function look the same to the verifier.

@@ -287,7 +287,8 @@ pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId) -> Result<(),
         tcp: 0,
         pad: [0; 2],
         backend: id,
-        slot: 0,
+        // Not a place among members: that is looked for where the backend must still be one.
+        slot: if client.proto == proto::TCP { backend.node() } else { 0 },
     };
     if write(client, &flow, 1) == TAKEN { Ok(()) } else { Err(DropReason::FlowInsertFailed) }
 }

@@ -59,7 +59,7 @@ pub fn from_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason
 fn hand_on<F: Family>(skb: Skb) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let Some(flow) = flows::related(&packet.quoted) else { return Ok(Verdict::Pass) };
-    match dispatch::follow::<F>(skb, flow) {
+    match dispatch::follow::<F>(skb, flow, packet.quoted.proto) {
         // No error about an error (RFC 1122 section 3.2.2).
         Err(reason) => Ok(Verdict::Answered(verdict::finish(skb, Direction::Ingress, Err(reason)))),
         Ok(verdict) => Ok(verdict.unwrap_or(Verdict::Pass)),

@@ -160,7 +160,7 @@ fn go_on<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<O
         return Err(DropReason::Fragment);
     }
     flows::track(packet, flow);
-    dispatch::follow::<F>(skb, flow)
+    dispatch::follow::<F>(skb, flow, packet.flow.proto)
 }
 
 /// The first packet of a connection to one of our frontends.
