@@ -24,7 +24,13 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(crate) struct Ground {
     agents: BTreeMap<usize, AgentHandle>,
     family: Family,
+    mode: Mode,
     lab: Lab,
+}
+
+/// The elements of a list.
+fn rows(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
 }
 
 impl Ground {
@@ -45,7 +51,7 @@ impl Ground {
             let (to, via) = (network.parse().unwrap(), Some(family.node(ENTRY)));
             rtnl.add_route(Route { to, via, ifindex: eth0, source: None }).await.unwrap();
         }
-        let ground = Self { agents: BTreeMap::from(agents), family, lab };
+        let ground = Self { agents: BTreeMap::from(agents), family, mode, lab };
         ground.ready().await;
         ground
     }
@@ -58,16 +64,29 @@ impl Ground {
         let deadline = tokio::time::Instant::now() + LIMIT;
         loop {
             match self.missing().await {
-                None => return,
-                Some(what) => assert!(tokio::time::Instant::now() < deadline, "{what}\n{}", self.words()),
+                Ok(()) => return,
+                Err(what) => assert!(tokio::time::Instant::now() < deadline, "{what}\n{}", self.words()),
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
-    async fn missing(&self) -> Option<String> {
+    /// Says what is not there yet.
+    async fn missing(&self) -> Result<(), String> {
+        let programs = match self.family {
+            Family::V4 => ["cil_from_netdev", "cil_to_netdev", "cil_sock4_connect", "cil_sock4_sendmsg"],
+            Family::V6 => ["cil_from_netdev6", "cil_to_netdev6", "cil_sock6_connect", "cil_sock6_sendmsg"],
+        };
         for number in self.agents.keys() {
-            let frontends = self.get(*number, "/v1/services").await.ok()?;
+            let status = self.get(*number, "/v1/status").await?;
+            let attached =
+                |program: &&str| rows(&status["hooks"]).any(|hook| hook["program"] == **program && hook["ok"] == true);
+            if let Some(program) = programs.iter().find(|program| !attached(program)) {
+                return Err(format!("node-{number} has no {program}: {}", status["hooks"]));
+            }
+        }
+        for number in self.agents.keys() {
+            let frontends = self.get(*number, "/v1/services").await?;
             for service in services(self.family) {
                 let node_port = (self.family.node(*number), service.node_port());
                 let virtual_ips = [service.cluster_ip(), service.vip(), service.external_ip()].map(|ip| (ip, 80));
@@ -80,25 +99,35 @@ impl Ground {
                     .map(|to| SocketAddr::from(to).to_string())
                     .collect();
                 for address in addresses.iter().flat_map(|to| [format!("{to}/TCP"), format!("{to}/UDP")]) {
-                    let there = frontends
-                        .as_array()?
-                        .iter()
+                    let there = rows(&frontends)
                         .any(|frontend| frontend["address"] == address.as_str() && frontend["status"] == "programmed");
                     if !there {
-                        return Some(format!("node-{number} does not serve {address} of {}", service.name));
+                        return Err(format!("node-{number} does not serve {address} of {}", service.name));
                     }
                 }
             }
         }
         for service in services(self.family) {
-            let vips = self.get(service.announcer(), "/v1/vips").await.ok()?;
+            let vips = self.get(service.announcer(), "/v1/vips").await?;
             let vip = service.vip().to_string();
-            let announced = vips.as_array()?.iter().any(|v| v["address"] == vip.as_str() && v["state"] == "announcing");
+            let announced = rows(&vips).any(|v| v["address"] == vip.as_str() && v["state"] == "announcing");
             if !announced {
-                return Some(format!("node-{} does not announce {vip}: {vips}", service.announcer()));
+                return Err(format!("node-{} does not announce {vip}: {vips}", service.announcer()));
             }
         }
-        None
+        // Frames are handed on to neighbours that the agent has seen to be nodes.
+        for number in self.agents.keys().filter(|_| self.mode.keeps_client) {
+            let peers = self.get(*number, "/v1/tables/peers").await?;
+            let takes_new = |row: &&Value| {
+                let field = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
+                field("key").starts_with("node ") && field("value").ends_with("takes-new")
+            };
+            let known = rows(&peers["rows"]).filter(takes_new).count();
+            if known + 1 != self.agents.len() {
+                return Err(format!("node-{number} knows {known} neighbours: {peers}"));
+            }
+        }
+        Ok(())
     }
 
     async fn get(&self, number: usize, path: &str) -> Result<Value, String> {
