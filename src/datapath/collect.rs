@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use kinesin_abi::{Backend, BackendId, FlowKey, FlowValue, Timeouts, proto};
-use kinesin_core::flows::{Found, Look, is_leaving, look, partner_key};
+use kinesin_core::flows::{Found, Look, is_leaving, look};
 
 use super::MapError;
 
@@ -79,13 +79,13 @@ impl<T: Flows> Pass<'_, T> {
             // What it left behind when it moved.
             return Ok(true);
         }
-        let other = partner_key(key, value);
+        let other = value.partner_key(key);
         for table in [SETTLED, TRANSIENT] {
             if (table == TRANSIENT || other.proto == proto::TCP)
                 && let Some(partner) = self.tables.get(table, &other)?
             {
                 // A partner that leads elsewhere belongs to another connection.
-                return if partner_key(&other, &partner) == *key {
+                return if partner.partner_key(&other) == *key {
                     self.silent(table, &other, &partner)
                 } else {
                     Ok(true)

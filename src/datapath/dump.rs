@@ -4,13 +4,13 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
-    AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, BACKEND_LOCAL, Backend, BackendId, Be16, DEVICE_ETHERNET,
+    AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, DEVICE_ETHERNET,
     DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendValue, L2Key, L2Value,
-    PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
-    SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey,
-    SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
-    frontend_flags, proto,
+    FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key,
+    L2Value, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
+    Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    TCP_SEEN_RST, frontend_flags, proto,
 };
 
 use super::from_bytes;
@@ -38,19 +38,12 @@ pub(crate) fn frontend_key(key: &FrontendKey) -> String {
 }
 
 pub(crate) fn backend_state(backend: &Backend) -> &'static str {
-    match backend.state {
-        0 => "free",
-        1 => "active",
-        2 => "terminating",
-        3 => "terminating-not-serving",
-        4 => "maintenance",
-        _ => "?",
-    }
+    BackendState::of(backend.state).map_or("?", BackendState::text)
 }
 
 pub(crate) fn backend(backend: &Backend) -> String {
     let state = backend_state(backend);
-    let local = if backend.flags & BACKEND_LOCAL != 0 { " local" } else { "" };
+    let local = if backend.is_local() { " local" } else { "" };
     let node = if backend.node() == 0 { String::new() } else { format!(" node={:#08x}", backend.node()) };
     format!("{}/{} {state}{local}{node}", endpoint(backend.addr, backend.port), protocol(backend.proto))
 }
@@ -63,14 +56,7 @@ fn flags(bits: u32, names: &[(u32, &str)]) -> String {
 
 /// `LoadBalancer routable,affinity`
 pub(crate) fn kind_and_flags(bits: u32) -> String {
-    let kind = match bits & frontend_flags::KIND {
-        0 => "ClusterIP",
-        1 => "NodePort",
-        2 => "LoadBalancer",
-        3 => "ExternalIPs",
-        4 => "HostPort",
-        _ => "?",
-    };
+    let kind = FrontendKind::of(bits).map_or("?", FrontendKind::text);
     let names = flags(
         bits,
         &[

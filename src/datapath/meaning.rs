@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use kinesin_abi::{BACKEND_LOCAL, Backend, BackendState, FrontendKey, frontend_flags};
+use kinesin_abi::{Backend, BackendState, FrontendKey, frontend_flags};
 use kinesin_core::plan::{FrontendMeaning, Meaning};
 
 use super::dump;
@@ -58,7 +58,7 @@ fn set(key: &FrontendKey, backends: &BTreeSet<Backend>) -> String {
     let member = |backend: &Backend| {
         let mut notes = Vec::new();
         notes.extend((backend.state != BackendState::Active as u8).then(|| dump::backend_state(backend)));
-        notes.extend((backend.flags & BACKEND_LOCAL != 0).then_some("local"));
+        notes.extend(backend.is_local().then_some("local"));
         // A frontend of one protocol that leads to another one is a fault worth seeing.
         notes.extend((backend.proto != key.proto).then_some("other-protocol"));
         let notes = if notes.is_empty() { String::new() } else { format!("({})", notes.join(",")) };

@@ -12,9 +12,7 @@ mod tests;
 
 use std::time::Duration;
 
-use kinesin_abi::{
-    BackendState, FlowCount, FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_REPLY, Timeouts, proto, tcp_closed,
-};
+use kinesin_abi::{BackendState, FlowCount, FlowKey, FlowValue, Timeouts, proto, tcp_closed, tcp_established};
 
 /// Nanoseconds of a number of seconds.
 const SECOND: u64 = 1_000_000_000;
@@ -38,16 +36,11 @@ pub fn look(timeouts: &Timeouts, key: &FlowKey, value: &FlowValue, settled: bool
     if longer_than(timeouts.of(key.proto, value.flags, value.tcp, settled)) {
         return Look::Silent;
     }
-    let established = value.tcp & TCP_SEEN_ACK != 0 || settled && value.tcp & TCP_SEEN_REPLY != 0;
-    if key.proto == proto::TCP && established && !tcp_closed(value.tcp) && longer_than(timeouts.leaving()) {
+    let established = tcp_established(value.tcp, settled) && !tcp_closed(value.tcp);
+    if key.proto == proto::TCP && established && longer_than(timeouts.leaving()) {
         return Look::SilentIfLeaving;
     }
     Look::Keep
-}
-
-/// The key of the entry of the other direction.
-pub fn partner_key(key: &FlowKey, value: &FlowValue) -> FlowKey {
-    FlowKey { src: value.dst, dst: value.src, sport: value.dport, dport: value.sport, proto: key.proto, pad: [0; 3] }
 }
 
 /// Whether established connections to a backend of this state ([`kinesin_abi::Backend::state`]) get the grace period only.

@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use kinesin_abi::{BackendState, FrontendKind, frontend_flags};
+use kinesin_abi::frontend_flags;
 
-use super::{BackendRef, BackendView, Compiled, Frontend, FrontendView, ServiceKey};
+use super::{BackendRef, BackendView, Compiled, FrontendView, ServiceKey};
 use crate::maglev::protocol_name;
 
 /// What `kinesin services` shows of one Service, in order of address, port and protocol.
@@ -21,7 +21,7 @@ pub fn view(key: &ServiceKey, compiled: &Compiled, status: &str) -> Vec<Frontend
         }
         let line = |scope, set| FrontendView {
             address: format!("{}/{}", address_text(frontend.addr, frontend.port), protocol_name(frontend.proto)),
-            kind: kind_name(frontend),
+            kind: frontend.kind.text(),
             service: service.clone(),
             port_name: frontend.port_name.clone(),
             scope,
@@ -46,29 +46,9 @@ fn backends(compiled: &Compiled, set: Option<usize>) -> Vec<BackendView> {
 fn backend(backend: &BackendRef) -> BackendView {
     BackendView {
         address: address_text(backend.addr, backend.port),
-        state: state_name(backend.state),
+        state: backend.state.text(),
         node: (&backend.node).into(),
         zone: (&backend.zone).into(),
-    }
-}
-
-pub(super) fn state_name(state: BackendState) -> &'static str {
-    match state {
-        BackendState::Active => "active",
-        BackendState::Terminating => "terminating",
-        BackendState::TerminatingNotServing => "terminating-not-serving",
-        BackendState::Maintenance => "maintenance",
-        BackendState::Free => "free",
-    }
-}
-
-pub(super) fn kind_name(frontend: &Frontend) -> &'static str {
-    match frontend.kind {
-        FrontendKind::ClusterIp => "ClusterIP",
-        FrontendKind::NodePort => "NodePort",
-        FrontendKind::LoadBalancer => "LoadBalancer",
-        FrontendKind::ExternalIps => "ExternalIPs",
-        FrontendKind::HostPort => "HostPort",
     }
 }
 

@@ -10,7 +10,7 @@ use smol_str::SmolStr;
 
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
-use super::view::{address_text, kind_name, state_name};
+use super::view::address_text;
 use super::{BackendRef, BackendSet, Compiled, Frontend, NodeContext, ServiceKey};
 use crate::maglev::protocol_name;
 use crate::objects::{EndpointSlice, Service};
@@ -97,7 +97,7 @@ pub fn wide(key: &ServiceKey, compiled: &Compiled, status: &str, all: &AllBacken
             let ranges = compiled.source_ranges.as_ref().filter(|_| frontend.flags & flags::SOURCE_RANGES != 0);
             WideView {
                 address: format!("{}/{}", address_text(frontend.addr, frontend.port), protocol_name(frontend.proto)),
-                kind: kind_name(frontend),
+                kind: frontend.kind.text(),
                 service: key.to_string(),
                 port_name: frontend.port_name.clone(),
                 scope,
@@ -162,7 +162,7 @@ fn resting(backend: &BackendRef) -> &'static str {
 fn show(backend: &BackendRef, unused: Option<&'static str>) -> WideBackend {
     WideBackend {
         address: address_text(backend.addr, backend.port),
-        state: state_name(backend.state),
+        state: backend.state.text(),
         node: backend.node.as_str().into(),
         zone: backend.zone.as_str().into(),
         weight: u32::from(unused.is_none()),

@@ -1,22 +1,15 @@
 //! Connections, as `ebpf/programs/src/flows.rs` finds and opens them.
 
 use kinesin_abi::{
-    Addr, Backend, BackendState, Be16, FLOW_HANDED_ON, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SLOT_EMPTY, SetRef,
-    Settings, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
+    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SEARCHED_MEMBERS, SLOT_EMPTY,
+    SetRef, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
 };
 
 use super::{FlowDirection, Port, Step, Tracer, Tuple, View};
 
 const SECOND: u64 = 1_000_000_000;
-/// How many members of a set the programs search for a backend.
-const SEARCHED: u32 = 256;
-
 /// How many ports of the range are looked at to see whether any is free.
 const SAMPLES: u32 = 256;
-
-fn partner_key(flow: &FlowValue, proto: u8) -> FlowKey {
-    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto, pad: [0; 3] }
-}
 
 fn seen(tcp: u8) -> Vec<String> {
     let names = [
@@ -41,8 +34,7 @@ impl<V: View> Tracer<'_, V> {
             self.say(Step::NoFlow);
             return Ok(None);
         };
-        let ended = tcp_closed(flow.tcp) || flow.flags & FLOW_HANDED_ON != 0 && flow.tcp & TCP_SEEN_FIN != 0;
-        let past = if self.packet.proto == proto::TCP && ended {
+        let past = if self.packet.proto == proto::TCP && flow.is_over() {
             Some("the connection is over, and a SYN begins another one".to_owned())
         } else if flow.flags & FLOW_REPLY == 0 && !self.serves(&flow)? {
             Some("its backend takes no packets any more".to_owned())
@@ -68,7 +60,7 @@ impl<V: View> Tracer<'_, V> {
     /// Whether the backend of a connectionless flow is still one of its service's, where the flow last found it or
     /// elsewhere.
     fn is_member(&self, flow: &FlowValue) -> Result<bool, V::Error> {
-        let first = |set: SetRef| SetRef { count: set.count.min(SEARCHED), ..set };
+        let first = |set: SetRef| SetRef { count: set.count.min(SEARCHED_MEMBERS), ..set };
         if flow.slot != SLOT_EMPTY && self.view.slots(SetRef { base: flow.slot, count: 1 })? == [flow.backend] {
             return Ok(true);
         }
@@ -80,17 +72,12 @@ impl<V: View> Tracer<'_, V> {
         Ok(leaving
             || self.view.slots(first(frontend.external))?.contains(&flow.backend)
             || self.view.slots(first(frontend.internal))?.contains(&flow.backend)
-            || frontend.external.count > SEARCHED)
+            || frontend.external.count > SEARCHED_MEMBERS)
     }
 
     /// Whether the backend of a flow still takes packets.
     fn serves(&self, flow: &FlowValue) -> Result<bool, V::Error> {
-        let takes = |backend: &Backend| {
-            backend.addr == flow.dst
-                && backend.port == flow.dport
-                && (backend.state == BackendState::Active as u8 || backend.state == BackendState::Terminating as u8)
-        };
-        Ok(self.view.backend(flow.backend)?.is_some_and(|backend| takes(&backend)))
+        Ok(self.view.backend(flow.backend)?.is_some_and(|backend| backend.serves(flow)))
     }
 
     /// The source port that a backend would see; none where no port is free. `redirect` says that the node's address
@@ -104,7 +91,7 @@ impl<V: View> Tracer<'_, V> {
         let client = self.packet.key();
         // A port of SCTP is never rewritten: it is the client's own or none.
         let fixed = client.proto == proto::SCTP;
-        let (min, span) = if fixed { (0, 0) } else { range(&self.view.settings()?) };
+        let (min, span) = if fixed { (0, 0) } else { self.view.settings()?.snat_ports() };
         let own = u32::from(self.packet.sport);
         let own_fits = fixed || !redirect || (own >= min && own - min < span);
         // The entry of the backend's direction by which its answers are found, and what it would say.
@@ -151,16 +138,7 @@ impl<V: View> Tracer<'_, V> {
         if !silent(reply.last_seen) {
             return Ok(false);
         }
-        let forward = self.view.flow(&partner_key(reply, self.packet.proto))?;
+        let forward = self.view.flow(&reply.partner_key(key))?;
         Ok(forward.is_none_or(|forward| silent(forward.last_seen)))
-    }
-}
-
-/// First port for translation, and how many there are.
-fn range(settings: &Settings) -> (u32, u32) {
-    if settings.snat_max >= settings.snat_min && settings.snat_min != 0 {
-        (settings.snat_min.into(), u32::from(settings.snat_max) - u32::from(settings.snat_min) + 1)
-    } else {
-        (0, 0)
     }
 }

@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Be16, DEVICE_ETHERNET, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
-    FrontendKey, FrontendKind, FrontendValue, L2Key, NodeTag, PEER_TAKES_NEW, PeerKey, SETTING_REJECT_NO_BACKEND,
-    Settings, frontend_flags, proto,
+    Addr, Be16, DEVICE_ETHERNET, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey,
+    FrontendKind, FrontendValue, L2Key, NodeTag, PEER_TAKES_NEW, PeerKey, SETTING_REJECT_NO_BACKEND, frontend_flags,
+    proto,
 };
 
 use super::flows::tuple;
@@ -47,9 +47,11 @@ impl<V: View> Tracer<'_, V> {
     fn neighbour(&mut self, ifindex: u32, device: String) -> Result<(), V::Error> {
         let address = self.packet.dst;
         let answers = if self.announces(ifindex)? {
-            let Settings { alive_at, alive_for, .. } = self.view.settings()?;
-            let alive = alive_at != 0 && self.view.now().saturating_sub(alive_at) <= alive_for;
-            if alive { Neighbour::Program } else { Neighbour::SilentWithoutAgent }
+            if self.view.settings()?.is_alive(self.view.now()) {
+                Neighbour::Program
+            } else {
+                Neighbour::SilentWithoutAgent
+            }
         } else if self.own_address(ifindex)? {
             Neighbour::Host
         } else {
@@ -205,7 +207,7 @@ impl<V: View> Tracer<'_, V> {
         let known =
             frontend.flags & frontend_flags::KIND != FrontendKind::NodePort as u32 || self.own_address(ifindex)?;
         let l2 = frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2;
-        if backend.flags & BACKEND_LOCAL == 0
+        if !backend.is_local()
             && l2
             && known
             && let Some(verdict) = self.hand_on(ifindex, backend.node(), PEER_TAKES_NEW)?
@@ -224,7 +226,7 @@ impl<V: View> Tracer<'_, V> {
     ) -> Result<Verdict, V::Error> {
         let dst = IpAddr::from(backend.addr);
         let client = self.packet.src.unwrap_or(self.packet.dst);
-        if backend.flags & BACKEND_LOCAL != 0 {
+        if backend.is_local() {
             let Some(sport) = self.source_port(backend, self.packet.src(), false)? else {
                 return Ok(Verdict::dropped(DropReason::NoNatMapping));
             };

@@ -3,17 +3,12 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    AffinityKey, BACKEND_LOCAL, Backend, BackendId, Be16, FrontendValue, MAGLEV_TABLE_SIZE, SOURCE_RANGE_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, affinity_binds, frontend_flags,
-    maglev_index,
+    AffinityKey, Backend, BackendId, Be16, FrontendValue, MAGLEV_TABLE_SIZE, SEARCHED_MEMBERS, SELECTION_TRIES,
+    SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, affinity_binds,
+    frontend_flags, maglev_index,
 };
 
 use super::{Bond, Member, Method, Step, Tracer, View, text};
-
-/// How often the programs try again when they meet a slot that leads nowhere.
-const TRIES: u32 = 4;
-/// How many members the programs search for a client's backend that is not where it was.
-const SEARCHED: usize = 256;
 
 /// A backend, and how probable it is that it is chosen.
 pub(super) type Candidate = (f64, BackendId, Backend);
@@ -24,7 +19,7 @@ pub(super) fn member(id: BackendId, backend: &Backend) -> Member {
         id,
         address: std::net::SocketAddr::new(backend.addr.into(), backend.port.get()),
         state: text::state(backend.state).into(),
-        local: backend.flags & BACKEND_LOCAL != 0,
+        local: backend.is_local(),
     }
 }
 
@@ -95,7 +90,7 @@ impl<V: View> Tracer<'_, V> {
         }
         let members = self.view.slots(set)?;
         let there = members.get(entry.position as usize) == Some(&entry.backend)
-            || members.iter().take(SEARCHED).any(|id| *id == entry.backend);
+            || members.iter().take(SEARCHED_MEMBERS as usize).any(|id| *id == entry.backend);
         if !there {
             return Ok(void("that backend takes no new connections of this service any more"));
         }
@@ -147,7 +142,8 @@ impl<V: View> Tracer<'_, V> {
             members.push(self.view.backend(id)?.map(|backend| (id, backend)));
         }
         let each = 1.0 / f64::from(set.count.max(1));
-        let retry = (0..TRIES as usize - 1).find(|position| members.get(*position).is_some_and(Option::is_some));
+        let retry =
+            (0..SELECTION_TRIES as usize - 1).find(|position| members.get(*position).is_some_and(Option::is_some));
         let mut found: Vec<Candidate> = Vec::new();
         for position in 0..members.len() {
             let lands = if members[position].is_some() { Some(position) } else { retry };

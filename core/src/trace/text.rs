@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use kinesin_abi::{FrontendKey, frontend_flags, proto};
+use kinesin_abi::{BackendState, FrontendKey, FrontendKind, proto};
 
 use super::{Bond, FlowDirection, Method, Neighbour, Packet, Port, Step, Tuple, Verdict};
 
@@ -38,25 +38,11 @@ pub(super) fn frontend(key: &FrontendKey) -> String {
 }
 
 pub(super) fn kind(flags: u32) -> &'static str {
-    match flags & frontend_flags::KIND {
-        0 => "ClusterIP",
-        1 => "NodePort",
-        2 => "LoadBalancer",
-        3 => "ExternalIPs",
-        4 => "HostPort",
-        _ => "?",
-    }
+    FrontendKind::of(flags).map_or("?", FrontendKind::text)
 }
 
 pub(super) fn state(state: u8) -> &'static str {
-    match state {
-        0 => "free",
-        1 => "active",
-        2 => "terminating",
-        3 => "terminating-not-serving",
-        4 => "maintenance",
-        _ => "?",
-    }
+    BackendState::of(state).map_or("?", BackendState::text)
 }
 
 impl Step {

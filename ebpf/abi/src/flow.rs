@@ -70,6 +70,29 @@ pub const TCP_SEEN_REPLY: u8 = 8;
 /// The client has gone on after that: the connection is established, and nobody made it up who cannot see the answers.
 pub const TCP_SEEN_ACK: u8 = 16;
 
+impl FlowValue {
+    /// The key of the entry of the other direction, from that of this one. Its padding comes along: three zero bytes
+    /// would be a call of the programs.
+    #[inline(always)]
+    pub const fn partner_key(&self, key: &FlowKey) -> FlowKey {
+        FlowKey { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*key }
+    }
+
+    /// Whether a TCP connection is over, as far as it comes by here: of one that was handed on only the client's half
+    /// does.
+    #[inline(always)]
+    pub const fn is_over(&self) -> bool {
+        tcp_closed(self.tcp) || self.flags & FLOW_HANDED_ON != 0 && self.tcp & TCP_SEEN_FIN != 0
+    }
+}
+
+/// Whether the client of a TCP connection has gone on after the backend's answer. In the table of established connections
+/// (`settled`) an answer is proof enough.
+#[inline(always)]
+pub const fn tcp_established(tcp: u8, settled: bool) -> bool {
+    tcp & TCP_SEEN_ACK != 0 || settled && tcp & TCP_SEEN_REPLY != 0
+}
+
 /// Whether a TCP connection is over: reset, or closed from both sides.
 #[inline(always)]
 pub const fn tcp_closed(tcp: u8) -> bool {
@@ -103,8 +126,8 @@ impl Timeouts {
     pub const DEFAULT: Self =
         Self { service_tcp: 8000, service_any: 60, regular_tcp: 8000, regular_any: 60, syn: 60, fin: 10, grace: 60 };
 
-    /// How many seconds of silence end a connection, by its protocol number, its [`FlowValue::flags`] and its
-    /// [`FlowValue::tcp`]. In the table of established connections (`settled`) an answer is proof enough.
+    /// How many seconds of silence end a connection, by its protocol number, its [`FlowValue::flags`], its
+    /// [`FlowValue::tcp`] and whether it is in the table of established connections.
     #[inline(always)]
     pub const fn of(&self, protocol: u8, flags: u8, tcp: u8, settled: bool) -> u32 {
         const D: Timeouts = Timeouts::DEFAULT;
@@ -115,7 +138,7 @@ impl Timeouts {
         if tcp_closed(tcp) {
             return or(self.fin, D.fin);
         }
-        if tcp & TCP_SEEN_ACK == 0 && (!settled || tcp & TCP_SEEN_REPLY == 0) {
+        if !tcp_established(tcp, settled) {
             return or(self.syn, D.syn);
         }
         lesser(or(self.service_tcp, D.service_tcp), or(self.regular_tcp, D.regular_tcp), translated)

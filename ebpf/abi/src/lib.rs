@@ -24,7 +24,7 @@ pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
     FLOW_COUNTS, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
     FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
-    TCP_SEEN_RST, Timeouts, tcp_closed,
+    TCP_SEEN_RST, Timeouts, tcp_closed, tcp_established,
 };
 pub use hash::maglev_index;
 pub use peer::{PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
@@ -33,7 +33,7 @@ pub use range::{
 };
 pub use service::{
     BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendKey, FrontendKind, FrontendValue, NODE_TAG_MAX, NodeTag,
-    SLOT_EMPTY, SetRef, frontend_flags,
+    SEARCHED_MEMBERS, SELECTION_TRIES, SLOT_EMPTY, SetRef, frontend_flags,
 };
 pub use settings::{
     DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,

@@ -4,10 +4,17 @@
 //! Both arrays are plain `BPF_MAP_TYPE_ARRAY`, whose lookups the kernel's JIT inlines; the frontend is the only hash
 //! lookup of a new connection. Frontends of one service port share their slots.
 
-use crate::{Addr, Be16};
+use crate::{Addr, Be16, FlowValue};
 
 /// Index into the backends array; 0 is no backend.
 pub type BackendId = u32;
+
+/// How many members of a set are searched for a backend that is not where it was. In a larger set the client of a backend
+/// that moved beyond them is given another one.
+pub const SEARCHED_MEMBERS: u32 = 256;
+
+/// How often a selection at random tries again when it meets a slot that is being rewritten.
+pub const SELECTION_TRIES: u32 = 4;
 
 /// A slot that holds no backend.
 pub const SLOT_EMPTY: BackendId = 0;
@@ -98,6 +105,27 @@ pub enum FrontendKind {
     HostPort = 4,
 }
 
+impl FrontendKind {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::ClusterIp, Self::NodePort, Self::LoadBalancer, Self::ExternalIps, Self::HostPort];
+
+    /// The kind in [`FrontendValue::flags`]; none of a number that stands for nothing.
+    pub fn of(flags: u32) -> Option<Self> {
+        Self::ALL.get((flags & frontend_flags::KIND) as usize).copied()
+    }
+
+    /// The name that the command line shows.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalIps => "ExternalIPs",
+            Self::HostPort => "HostPort",
+        }
+    }
+}
+
 /// Element of the backends array; all zero when the id is free.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
@@ -136,6 +164,20 @@ impl Backend {
     pub const fn node(&self) -> NodeTag {
         self.flags >> NODE_SHIFT
     }
+
+    /// Whether it runs on this node.
+    #[inline(always)]
+    pub const fn is_local(&self) -> bool {
+        self.flags & BACKEND_LOCAL != 0
+    }
+
+    /// Whether it is the one that a flow was given, and not another one under its id, and takes the flow's packets.
+    #[inline(always)]
+    pub fn serves(&self, flow: &FlowValue) -> bool {
+        self.addr == flow.dst
+            && self.port == flow.dport
+            && (self.state == BackendState::Active as u8 || self.state == BackendState::Terminating as u8)
+    }
 }
 
 /// The backend runs on this node.
@@ -155,6 +197,28 @@ pub enum BackendState {
     TerminatingNotServing = 3,
     /// Not ready: takes no new connections.
     Maintenance = 4,
+}
+
+impl BackendState {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 5] =
+        [Self::Free, Self::Active, Self::Terminating, Self::TerminatingNotServing, Self::Maintenance];
+
+    /// The state of [`Backend::state`]; none of a number that stands for nothing.
+    pub fn of(state: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(state)).copied()
+    }
+
+    /// The name that the command line shows.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Free => "free",
+            Self::Active => "active",
+            Self::Terminating => "terminating",
+            Self::TerminatingNotServing => "terminating-not-serving",
+            Self::Maintenance => "maintenance",
+        }
+    }
 }
 
 crate::pod! { FrontendKey = 20, SetRef = 8, FrontendValue = 28, Backend = 24 }

@@ -43,6 +43,25 @@ pub struct Settings {
     pub pad: u32,
 }
 
+impl Settings {
+    /// Whether the agent lives at a time of CLOCK_MONOTONIC, without whom nobody must answer for addresses: what the maps
+    /// say of them may be out of date.
+    #[inline(always)]
+    pub const fn is_alive(&self, now: u64) -> bool {
+        self.alive_at != 0 && now.saturating_sub(self.alive_at) <= self.alive_for
+    }
+
+    /// First source port for translated connections, and how many there are; none where there is no usable range.
+    #[inline(always)]
+    pub const fn snat_ports(&self) -> (u32, u32) {
+        if self.snat_max >= self.snat_min && self.snat_min != 0 {
+            (self.snat_min as u32, self.snat_max as u32 - self.snat_min as u32 + 1)
+        } else {
+            (0, 0)
+        }
+    }
+}
+
 /// Answer packets to a frontend without backends with ICMP port unreachable instead of silence.
 pub const SETTING_REJECT_NO_BACKEND: u32 = 1;
 

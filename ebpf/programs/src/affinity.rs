@@ -6,16 +6,14 @@
 //! are, so that asking costs one array lookup; only after the set has changed around it is the set searched, once per
 //! client.
 
-use kinesin_abi::{AffinityKey, AffinityValue, Backend, BackendId, FrontendValue, SetRef, affinity_binds};
+use kinesin_abi::{
+    AffinityKey, AffinityValue, Backend, BackendId, FrontendValue, SEARCHED_MEMBERS, SetRef, affinity_binds,
+};
 
 use crate::{
     lookup::{self, Chosen},
     maps::{AFFINITY, SLOTS},
 };
-
-/// How many members are searched for a backend that is not where it was. In a larger set the client of a backend that
-/// moved beyond it is given another one.
-pub const SEARCHED: u32 = 256;
 
 /// The backend that the client is bound to, if any; renews the bond.
 #[inline(always)]
@@ -56,7 +54,7 @@ fn holds(set: SetRef, position: u32, id: BackendId) -> bool {
 /// own, whose outcome is one of two numbers, with the position in memory that it does not look into.
 #[inline(never)]
 pub fn search(base: u32, count: u32, id: BackendId, found: &mut u32) -> u32 {
-    for position in 0..SEARCHED {
+    for position in 0..SEARCHED_MEMBERS {
         let Some(&member) = SLOTS.get(base.wrapping_add(position)) else { return 0 };
         if member == id {
             // Behind the set lies another one.

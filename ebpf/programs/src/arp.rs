@@ -3,7 +3,7 @@
 //! Everything that is not a request for one of ours goes on to the stack untouched, malformed packets too: they are
 //! either for the host, or for nobody.
 
-use kinesin_abi::{Addr, DropReason};
+use kinesin_abi::{Addr, DropReason, mac_words};
 
 use crate::{lookup, packet::link, route, skb::Skb, verdict::Verdict};
 
@@ -40,7 +40,7 @@ pub fn respond(skb: Skb) -> Result<Verdict, DropReason> {
         return Ok(Verdict::Pass);
     }
     let Some(device) = lookup::device(skb.ifindex()) else { return Ok(Verdict::Pass) };
-    let mac = link::halves(device.mac);
+    let mac = mac_words(device.mac);
     let to_us = arp.eth.dst == BROADCAST || arp.eth.dst == mac;
     if !to_us || arp.sender_mac == mac || mac == [0; 3] {
         return Ok(Verdict::Pass);

@@ -13,8 +13,8 @@
 
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag,
-    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
+    Addr, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag, PEER_TAKES_NEW,
+    PeerKey, PeerValue, SetRef, frontend_flags, proto,
 };
 
 use crate::{
@@ -33,7 +33,8 @@ const HALVINGS: u32 = 22;
 #[inline(always)]
 pub fn is_handed_on<F: Family>(skb: Skb, link: u32, packet: &Packet) -> bool {
     let Some(peer) = sender(skb, link) else { return false };
-    let ours = lookup::announced(packet.flow.dst, skb.ifindex()) || is_own::<F>(&packet.flow.dst, skb.ifindex());
+    let ours =
+        lookup::announced(packet.flow.dst, skb.ifindex()) || lookup::is_own::<F>(&packet.flow.dst, skb.ifindex());
     // A client on the peer itself, or behind it while the address is ours, has sent this to us and to nobody else.
     !(ours || is_of::<F>(peer, &packet.flow.src))
 }
@@ -87,7 +88,7 @@ pub fn begin<F: Family>(
     }
     // Peers know only a node's primary addresses.
     let node_port = frontend.flags & frontend_flags::KIND == FrontendKind::NodePort as u32;
-    if node_port && !is_own::<F>(&packet.flow.dst, skb.ifindex()) {
+    if node_port && !lookup::is_own::<F>(&packet.flow.dst, skb.ifindex()) {
         return Ok(None);
     }
     let verdict = outcome(send::<F>(skb, peer))?;
@@ -177,15 +178,9 @@ fn is_of<F: Family>(peer: &PeerValue, addr: &Addr) -> bool {
     if F::AF == V4::AF { peer.ipv4 == addr.v4_raw() } else { F::same(&peer.ipv6, addr) }
 }
 
-/// Whether the address is this node's primary one on the device.
-#[inline(always)]
-fn is_own<F: Family>(addr: &Addr, ifindex: u32) -> bool {
-    lookup::device(ifindex).and_then(F::of_device).is_some_and(|own| F::same(&own, addr))
-}
-
 #[inline(always)]
 fn is_local(chosen: &Chosen) -> bool {
-    chosen.backend.flags & BACKEND_LOCAL != 0
+    chosen.backend.is_local()
 }
 
 /// How many members of a set are on this node: those come first.

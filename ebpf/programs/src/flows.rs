@@ -12,8 +12,8 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
-    tcp_closed,
+    FlowCount, FlowKey, FlowValue, SEARCHED_MEMBERS, Settings, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
+    TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
 };
 
 use crate::{
@@ -38,7 +38,7 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
         // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client
         // has opened to the pod itself, from a port that it once reached it from through us. So does one to a backend
         // that is gone.
-        packet.tcp & TCP_SYN != 0 && (ended(flow) || flow.flags & FLOW_REPLY == 0 && !serves(flow))
+        packet.tcp & TCP_SYN != 0 && (flow.is_over() || flow.flags & FLOW_REPLY == 0 && !serves(flow))
     } else {
         flow.flags & FLOW_REPLY == 0 && member(&packet.flow, flow) == 0
     };
@@ -106,10 +106,7 @@ fn fetch_old(key: &FlowKey, into: &mut FlowValue) -> u32 {
 /// Whether the backend that a flow was given still exists and takes packets.
 #[inline(always)]
 fn serves(flow: &FlowValue) -> bool {
-    let Some(backend) = lookup::backend(flow.backend) else { return false };
-    backend.addr == flow.dst
-        && backend.port == flow.dport
-        && (backend.state == BackendState::Active as u8 || backend.state == BackendState::Terminating as u8)
+    lookup::backend(flow.backend).is_some_and(|backend| backend.serves(flow))
 }
 
 /// Whether the service that the client of a connectionless flow talks to still exists, and the backend is still one of
@@ -117,11 +114,7 @@ fn serves(flow: &FlowValue) -> bool {
 #[inline(never)]
 fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
     let Some(backend) = lookup::backend(flow.backend) else { return 0 };
-    let active = backend.state == BackendState::Active as u8;
-    if !active && backend.state != BackendState::Terminating as u8
-        || backend.addr != flow.dst
-        || backend.port != flow.dport
-    {
+    if !backend.serves(flow) {
         return 0;
     }
     // Slots that no service has are empty.
@@ -130,7 +123,7 @@ fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
     }
     let Some(frontend) = lookup::frontend_exact(key.dst, key.dport, key.proto) else { return 0 };
     // It takes no new flows and may be among no members, but keeps those that it has.
-    if !active {
+    if backend.state == BackendState::Terminating as u8 {
         return 1;
     }
     let (outside, inside) = (frontend.external, frontend.internal);
@@ -141,7 +134,7 @@ fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
         inside.base
     } else {
         // Further behind nobody has looked.
-        return (outside.count > affinity::SEARCHED) as u32;
+        return (outside.count > SEARCHED_MEMBERS) as u32;
     };
     flow.slot = base.wrapping_add(flow.slot);
     if let Some(entry) = TRANSIENT.get_ptr_mut(key) {
@@ -151,23 +144,10 @@ fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
     1
 }
 
-/// Whether a TCP connection is over, as far as it comes by here: of one that was handed on only the client's half does.
-#[inline(always)]
-fn ended(flow: &FlowValue) -> bool {
-    tcp_closed(flow.tcp) || flow.flags & FLOW_HANDED_ON != 0 && flow.tcp & TCP_SEEN_FIN != 0
-}
-
 /// Whether the packet says that the backend has answered, of a connection whose answers do not come by here.
 #[inline(always)]
 fn seen_elsewhere(packet: &Packet, flow: &FlowValue) -> bool {
     flow.flags & FLOW_HANDED_ON != 0 && packet.tcp & TCP_ACK != 0
-}
-
-/// The key of the entry of the other direction, from that of this one. (Its padding comes along: three zero bytes would
-/// be a call.)
-#[inline(always)]
-fn partner_key(flow: &FlowValue, key: &FlowKey) -> FlowKey {
-    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, ..*key }
 }
 
 /// The entry of the other direction.
@@ -219,9 +199,8 @@ fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
     if flow.flags & FLOW_HANDED_ON != 0 {
         return;
     }
-    let other = partner_key(flow, key);
     let value = partner(key, flow);
-    keep(&other, &value, 0);
+    keep(&flow.partner_key(key), &value, 0);
 }
 
 /// Brings an entry up to date wherever it is, or adds it; its time only where this packet went its way.
@@ -237,10 +216,7 @@ fn keep(key: &FlowKey, value: &FlowValue, mine: u32) -> u32 {
         if value.last_seen.saturating_sub(entry.last_seen) > FRESH && TRANSIENT.remove(key).is_ok() {
             count(FlowCount::Removed);
         }
-        entry.tcp |= value.tcp;
-        if mine != 0 {
-            entry.last_seen = value.last_seen;
-        }
+        refresh(entry, value, mine);
         return 0;
     }
     if settled {
@@ -252,17 +228,22 @@ fn keep(key: &FlowKey, value: &FlowValue, mine: u32) -> u32 {
     }
     if let Some(entry) = TRANSIENT.get_ptr_mut(key) {
         // SAFETY: as above.
-        let entry = unsafe { &mut *entry };
-        entry.tcp |= value.tcp;
-        if mine != 0 {
-            entry.last_seen = value.last_seen;
-        }
+        refresh(unsafe { &mut *entry }, value, mine);
         return 0;
     }
     if TRANSIENT.insert(key, value, BPF_NOEXIST as u64).is_ok() {
         count(FlowCount::Created);
     }
     0
+}
+
+/// Brings an entry that is there up to date.
+#[inline(always)]
+fn refresh(entry: &mut FlowValue, value: &FlowValue, mine: u32) {
+    entry.tcp |= value.tcp;
+    if mine != 0 {
+        entry.last_seen = value.last_seen;
+    }
 }
 
 /// Counts what happens to a connection.
@@ -313,9 +294,7 @@ pub struct Opening<'a> {
 #[inline(always)]
 pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     let client = &opening.packet.flow;
-    let (min, span) = lookup::settings()
-        .filter(|settings| settings.snat_max >= settings.snat_min && settings.snat_min != 0)
-        .map_or((0, 0), |settings| (settings.snat_min as u32, settings.snat_max as u32 - settings.snat_min as u32 + 1));
+    let (min, span) = lookup::settings().map_or((0, 0), Settings::snat_ports);
     let mut forward = FlowValue {
         last_seen: lookup::now(),
         src: opening.source,
@@ -361,7 +340,7 @@ const PRESSED: u32 = 4;
 #[inline(never)]
 fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
     let reply = partner(client, forward);
-    let mut key = partner_key(forward, client);
+    let mut key = forward.partner_key(client);
     let (min, span) = (range >> 16, range & 0xffff);
     let mut result = OCCUPIED;
     if own_port_fits != 0 {
@@ -454,7 +433,7 @@ fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32
         return 0;
     }
     // The client may be the only one who talks.
-    packet.quoted = partner_key(holder, key);
+    packet.quoted = holder.partner_key(key);
     (lookup::now().saturating_sub(last_seen(&packet.quoted)) > quiet) as u32
 }
 

@@ -98,7 +98,7 @@ fn incoming<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
         return Ok(verdict);
     }
     let (vip, ifindex) = (packet.flow.dst, skb.ifindex());
-    if lookup::device(ifindex).and_then(F::of_device).is_some_and(|own| F::same(&own, &vip)) {
+    if lookup::is_own::<F>(&vip, ifindex) {
         return Ok(Verdict::Pass);
     }
     if !lookup::announced(vip, ifindex) {

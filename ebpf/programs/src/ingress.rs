@@ -1,8 +1,8 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    AffinityKey, BACKEND_LOCAL, BackendId, Direction, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
-    FrontendValue, SLOT_EMPTY, frontend_flags,
+    AffinityKey, BackendId, Direction, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue,
+    SLOT_EMPTY, frontend_flags,
 };
 
 use crate::{
@@ -189,7 +189,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
     }
     let id = choose::<F>(skb, link, frontend);
     let backend = lookup::backend(id).ok_or(DropReason::NoBackend)?;
-    let redirect = backend.flags & BACKEND_LOCAL == 0;
+    let redirect = !backend.is_local();
     if redirect
         && link == ETHERNET
         && packet.handed_on == 0
@@ -225,7 +225,7 @@ fn choose<F: Family>(skb: Skb, link: u32, frontend: &FrontendValue) -> BackendId
     let binds = frontend.flags & frontend_flags::AFFINITY != 0;
     if binds
         && let Some((id, backend)) = affinity::recall(frontend, frontend.external, &client)
-        && (!handed_on || backend.flags & BACKEND_LOCAL != 0)
+        && (!handed_on || backend.is_local())
     {
         return id;
     }

@@ -3,8 +3,9 @@
 use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, PeerKey, PeerValue, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
-    SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index, proto,
+    FrontendValue, L2Key, PeerKey, PeerValue, SELECTION_TRIES, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY,
+    SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index,
+    proto,
 };
 
 use crate::family::Family;
@@ -12,9 +13,6 @@ use crate::maps::{
     BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
 use crate::packet::Packet;
-
-/// How often a selection tries again when it meets a slot that is being rewritten.
-const TRIES: u32 = 4;
 
 /// Memory of this CPU for the packet at hand.
 #[inline(always)]
@@ -95,7 +93,7 @@ pub fn select_random(set: SetRef) -> Option<Chosen> {
         return None;
     }
     let mut position = random_below(set.count);
-    for attempt in 0..TRIES {
+    for attempt in 0..SELECTION_TRIES {
         if let Some(chosen) = member(set, position) {
             return Some(chosen);
         }
@@ -177,11 +175,16 @@ pub fn now() -> u64 {
     unsafe { h::bpf_ktime_get_ns() }
 }
 
-/// Whether the agent lives, without whom nobody must answer for addresses: their state may be out of date.
+/// Whether the agent lives.
 #[inline(always)]
 pub fn agent_alive() -> bool {
-    let Some(settings) = settings() else { return false };
-    settings.alive_at != 0 && now().saturating_sub(settings.alive_at) <= settings.alive_for
+    settings().is_some_and(|settings| settings.is_alive(now()))
+}
+
+/// Whether the address is the device's own.
+#[inline(always)]
+pub fn is_own<F: Family>(addr: &Addr, ifindex: u32) -> bool {
+    device(ifindex).and_then(F::of_device).is_some_and(|own| F::same(&own, addr))
 }
 
 /// Whether this node answers for the address on this device; counts the answer.

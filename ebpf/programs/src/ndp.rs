@@ -6,21 +6,18 @@
 //!
 //! Deliberately absent: router advertisements and redirects.
 
-use kinesin_abi::{Addr, Direction, DropReason, proto};
+use kinesin_abi::{Addr, Direction, DropReason, mac_words, proto};
 
 use crate::{
+    family::{Family, V6},
     lookup,
-    packet::link,
+    packet::{ipv6, link},
     rewrite::{add, fold},
     route,
     skb::{ETHERNET, Skb},
     verdict::{self, Verdict},
 };
 
-const ETHERTYPE: u16 = 0x86ddu16.to_be();
-const VERSION: u32 = 0x6000_0000u32.to_be();
-/// ICMPv6, and a hop limit that shows that no router has forwarded it.
-const NEXT_HOPS: u16 = u16::from_ne_bytes([proto::ICMPV6, 255]);
 const ADVERTISEMENT: u16 = 0x8800u16.to_be();
 const SOLICITED: u32 = 0x4000_0000u32.to_be();
 const OVERRIDE: u32 = 0x2000_0000u32.to_be();
@@ -76,7 +73,7 @@ fn answer(skb: Skb) -> i32 {
 fn advertisement(skb: Skb) -> Option<Advertisement> {
     let asked = link::solicitation(skb)?;
     let device = lookup::device(skb.ifindex())?;
-    let mac = link::halves(device.mac);
+    let mac = mac_words(device.mac);
     if mac == [0; 3] || asked.from == mac || !lookup::agent_alive() || !lookup::answer_for(asked.target, skb.ifindex())
     {
         return None;
@@ -95,10 +92,10 @@ fn advertisement(skb: Skb) -> Option<Advertisement> {
     Some(Advertisement {
         to,
         from: mac,
-        ethertype: ETHERTYPE,
-        version: VERSION,
+        ethertype: V6::ETHERTYPE,
+        version: ipv6::VERSION,
         payload: PAYLOAD.to_be(),
-        next_hops: NEXT_HOPS,
+        next_hops: link::NEXT_HOPS,
         src: asked.target,
         dst,
         kind: ADVERTISEMENT,

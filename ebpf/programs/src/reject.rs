@@ -180,7 +180,6 @@ impl Reporter for V4 {
     }
 }
 
-const VERSION: u32 = 0x6000_0000u32.to_be();
 const NEXT_HOPS: u16 = u16::from_ne_bytes([proto::ICMPV6, 64]);
 /// What every link carries (RFC 8200 section 5).
 const MINIMUM_MTU: u16 = 1280;
@@ -224,7 +223,7 @@ impl Reporter for V6 {
         // Built where there is room: the stack has none for it.
         let Some(room) = lookup::scratch() else { return Err(DropReason::WriteError) };
         room.answer = Headers6 {
-            version_class_label: VERSION,
+            version_class_label: ipv6::VERSION,
             payload: len,
             next_hops: NEXT_HOPS,
             src: packet.flow.dst,

@@ -3,7 +3,7 @@
 use kinesin_abi::{Addr, Be16, DropReason, proto};
 
 use crate::{
-    family::{Family, V6},
+    family::{Family, V4, V6},
     fragments::LATER,
     packet::{Packet, Quoted},
     skb::Skb,
@@ -91,11 +91,9 @@ fn write<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<
 #[inline(always)]
 pub fn header4(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
     let old = &packet.flow;
-    let (src, dst) = (src.v4_raw(), dst.v4_raw());
-    let difference = change(old.src.v4_raw(), src, old.dst.v4_raw(), dst);
-    let hops = add(!ttl_word(packet.ttl, old.proto) & 0xffff, ttl_word(ttl, old.proto));
-    let check = !fold(add(add(!(packet.ip_check as u32) & 0xffff, hops), difference));
-    skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src, dst })?;
+    let difference = V4::difference(&old.src, &src, &old.dst, &dst);
+    let check = updated(packet.ip_check, add(counted(packet, ttl), difference));
+    skb.store(packet.l3 + TTL, &Tail { ttl, proto: old.proto, check, src: src.v4_raw(), dst: dst.v4_raw() })?;
     Ok(difference)
 }
 
@@ -112,8 +110,7 @@ pub fn header6(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Res
 #[inline(always)]
 pub fn hop4(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
     let (protocol, ttl) = (packet.flow.proto, packet.ttl.wrapping_sub(1));
-    let hops = change(ttl_word(packet.ttl, protocol), ttl_word(ttl, protocol), 0, 0);
-    let [a, b] = updated(packet.ip_check, hops).to_ne_bytes();
+    let [a, b] = updated(packet.ip_check, counted(packet, ttl)).to_ne_bytes();
     skb.store(packet.l3 + TTL, &[ttl, protocol, a, b])
 }
 
@@ -166,9 +163,11 @@ pub fn ports(sport: Be16, dport: Be16) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
+/// How the sum of an IPv4 header changes with its TTL.
 #[inline(always)]
-fn ttl_word(ttl: u8, protocol: u8) -> u32 {
-    u16::from_ne_bytes([ttl, protocol]) as u32
+fn counted(packet: &Packet, ttl: u8) -> u32 {
+    let word = |ttl| u16::from_ne_bytes([ttl, packet.flow.proto]) as u32;
+    add(!word(packet.ttl) & 0xffff, word(ttl))
 }
 
 /// Ones' complement sum of 32 bits.

@@ -3,7 +3,11 @@
 use kinesin_abi::{Addr, Be16, FlowKey, proto};
 
 use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, ports};
-use crate::{fragments::LATER, skb::Skb};
+use crate::{
+    family::{Family, V4},
+    fragments::LATER,
+    skb::Skb,
+};
 
 /// `more fragments`, `don't fragment` and the offset, of the flags field.
 const FRAGMENT_OFFSET: u16 = 0x1fff;
@@ -70,7 +74,7 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
 /// one stays wrong, for the receiver to see.
 #[inline(always)]
 pub fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted> {
-    let l3 = (packet.l4 & 0x7f) + 8;
+    let l3 = (packet.l4 & V4::L4_MASK) + 8;
     let ip = at::<Header>(skb, l3)?;
     let header = ((ip.version_ihl & 0x0f) as u32) << 2;
     let later = u16::from_be(ip.fragment) & FRAGMENT_OFFSET != 0;

@@ -10,10 +10,17 @@
 use kinesin_abi::{Addr, Be16, FlowKey, proto};
 
 use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, linearize_to, ports};
-use crate::{fragments::LATER, lookup, skb::Skb};
+use crate::{
+    family::{Family, V6},
+    fragments::LATER,
+    lookup,
+    skb::Skb,
+};
 
 /// Length of the fixed header.
 pub const HEADER: u32 = 40;
+/// Its first word, without traffic class and flow label.
+pub const VERSION: u32 = 0x6000_0000u32.to_be();
 /// Most extension headers that are followed, and most bytes of them: an outer transport header starts below 256.
 const MOST: u32 = 6;
 const MOST_BYTES: u32 = 160;
@@ -107,7 +114,7 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     if !has_ports(protocol) {
         return Err(Unparsed::UnknownL4);
     }
-    ports(skb, packet, packet.l4 & 0xff, end, protocol)
+    ports(skb, packet, packet.l4 & V6::L4_MASK, end, protocol)
 }
 
 // What becomes of a chain of extension headers. Plain numbers, so that all ways out look the same to the verifier.
@@ -176,7 +183,7 @@ fn upper(skb: Skb, start: u32, first: u32, end: u32, found: &mut Upper) -> u32 {
 /// fragment, or of no protocol with ports.
 #[inline(always)]
 pub fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted> {
-    let l3 = (packet.l4 & 0xff) + 8;
+    let l3 = (packet.l4 & V6::L4_MASK) + 8;
     let ip = at::<Header>(skb, l3)?;
     if ip.version_class_label.to_ne_bytes()[0] >> 4 != 6 {
         return None;

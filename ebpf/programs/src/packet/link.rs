@@ -40,13 +40,6 @@ pub fn ethernet<'a>(skb: Skb) -> Option<&'a Ethernet> {
     at(skb, 0)
 }
 
-/// A MAC as headers hold it, which are aligned no better.
-#[inline(always)]
-pub fn halves(mac: [u8; 6]) -> [u16; 3] {
-    let [a, b, c, d, e, f] = mac;
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
-}
-
 /// A neighbour solicitation without its options.
 #[repr(C)]
 struct Ndp {
@@ -69,7 +62,8 @@ pub struct Solicitation {
     pub from: [u16; 3],
 }
 
-const NEXT_HOPS: u16 = u16::from_ne_bytes([proto::ICMPV6, 255]);
+/// ICMPv6, and a hop limit that shows that no router has forwarded it.
+pub const NEXT_HOPS: u16 = u16::from_ne_bytes([proto::ICMPV6, 255]);
 const SOLICITATION: u16 = 0x8700u16.to_be();
 /// Most bytes of options that are read: source link-layer address and nonce (RFC 3971) are 8 each.
 const OPTIONS: u32 = 32;
