@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
+use kinesin_core::devices::mac_text;
 use kinesin_core::peers::State;
 use kinesin_core::services::{self, FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
@@ -248,7 +249,7 @@ impl Answers {
                     pool: objects::pool_of(&self.world, vip.view.address),
                     owner: vip.view.owner.map(Into::into),
                     interface: vip.view.interface,
-                    mac: device.and_then(|device| device.mac).map(crate::net::mac_text),
+                    mac: device.and_then(|device| device.mac).map(mac_text),
                     since,
                     state: objects::kebab(&vip.view.state),
                     services: vip.view.services,

@@ -1,6 +1,5 @@
 //! Elements of the maps, for people: `kinesin dump`.
 
-use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
@@ -12,6 +11,7 @@ use kinesin_abi::{
     Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
     TCP_SEEN_RST, frontend_flags, proto,
 };
+use kinesin_core::devices::mac_text;
 
 use super::from_bytes;
 
@@ -129,27 +129,20 @@ fn fragment_value(value: &FragmentValue) -> String {
     format!("{} {} -> {} first={seconds}s", protocol(value.proto), value.sport.get(), value.dport.get())
 }
 
-fn mac(mac: [u8; 6]) -> String {
-    mac.iter().enumerate().fold(String::new(), |mut text, (i, byte)| {
-        let _ = write!(text, "{}{byte:02x}", if i == 0 { "" } else { ":" });
-        text
-    })
-}
-
 fn device(value: &DeviceValue) -> String {
     let ethernet = if value.flags & DEVICE_ETHERNET != 0 { "ethernet" } else { "no-link-header" };
     let ipv6 = IpAddr::from(value.ipv6);
-    format!("{} {} {ipv6} {ethernet}", mac(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
+    format!("{} {} {ipv6} {ethernet}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
 }
 
 fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
     let by = match key.node() {
         Some(node) => format!("node {node:#08x}"),
-        None => format!("mac {}", mac(value.mac_bytes())),
+        None => format!("mac {}", mac_text(value.mac_bytes())),
     };
     let state = if value.flags & PEER_TAKES_NEW != 0 { "takes-new" } else { "keeps-old" };
     let (v4, v6) = (Ipv4Addr::from(value.ipv4.to_ne_bytes()), IpAddr::from(value.ipv6));
-    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}", value.node, mac(value.mac_bytes()), value.ifindex))
+    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}", value.node, mac_text(value.mac_bytes()), value.ifindex))
 }
 
 fn settings(value: &Settings) -> String {

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use kinesin_core::devices::mac_text;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
@@ -16,7 +17,6 @@ use super::programs::ClientOptions;
 use super::report::Totals;
 use super::view::{Picture, Screen, Vip, traffic};
 use super::{AgentHandle, AgentOptions, ECHO_PORT, Lab, LoadHandle, Node, manifests};
-use crate::net::mac_text;
 
 /// Bound for everything that should take a second or two.
 const PATIENCE: Duration = Duration::from_secs(30);

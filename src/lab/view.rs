@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{Cell, Color, ContentArrangement, Table};
+use kinesin_core::devices::mac_text;
 
 use super::report::Totals;
-use crate::net::mac_text;
 
 /// Longest list of past events on the screen.
 const EVENTS_SHOWN: usize = 10;

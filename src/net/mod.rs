@@ -74,8 +74,3 @@ impl NetError {
         }
     }
 }
-
-/// `01:23:45:67:89:ab`.
-pub fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}

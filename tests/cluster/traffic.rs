@@ -128,10 +128,11 @@ fn dump(cluster: &Cluster, number: usize, table: &str) -> Result<std::collection
 async fn an_edited_endpoint_slice_reaches_the_maps_of_every_node_and_touches_no_other_service() {
     let cluster = Cluster::with_guide("edit", Leases::Short).await;
     let pods = cluster.lab.pods();
-    cluster.apply(&web("web", &pods));
-    cluster.apply(&web("other", &pods[4..]));
     let frontend = "10.0.0.100:80/TCP";
+    // One after the other: what is already there when the pool comes is served by age and name.
+    cluster.apply(&web("web", &pods));
     cluster.has_addresses("default", "web", &["10.0.0.100"]).await;
+    cluster.apply(&web("other", &pods[4..]));
     cluster.has_addresses("default", "other", &["10.0.0.101"]).await;
     backends_everywhere(&cluster, frontend, &pods).await;
     backends_everywhere(&cluster, "10.0.0.101:80/TCP", &pods[4..]).await;

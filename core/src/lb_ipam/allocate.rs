@@ -22,7 +22,6 @@ impl Allocator {
             self.release_all(key);
             return;
         }
-        entry.ours = true;
         entry.given_up.clear();
         self.drop_invalid(key);
         self.import(key, first_seen);

@@ -95,7 +95,7 @@ impl Allocator {
             None => {
                 self.matching += usize::from(request.handled);
                 let (held, given_up, condition, emitted) = (Vec::new(), Vec::new(), None, None);
-                let entry = Entry { service, request, held, given_up, condition, ours: true, emitted };
+                let entry = Entry { service, request, held, given_up, condition, emitted };
                 self.services.insert(key.clone(), entry);
                 true
             }

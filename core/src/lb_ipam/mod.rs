@@ -136,7 +136,7 @@ pub struct PoolStats {
 /// Older Services come first; keys decide between equally old ones.
 type Rank = (SmolStr, ObjectKey);
 
-/// A Service as it is handled.
+/// A Service whose status is ours to write: it is handled, or was and still says so.
 #[derive(Debug)]
 struct Entry {
     service: Arc<Service>,
@@ -145,8 +145,6 @@ struct Entry {
     /// Addresses that it had when it stopped being ours.
     given_up: Vec<IpAddr>,
     condition: Option<Condition>,
-    /// We write, or wrote, its status.
-    ours: bool,
     /// The effect that its next event should show.
     emitted: Option<(Vec<IpAddr>, Option<Condition>)>,
 }

@@ -163,7 +163,7 @@ impl Allocator {
         Some(Effect::ServiceStatus { key, ingress, condition })
     }
 
-    /// What the Service's status should say; `None` where it is not ours.
+    /// What the Service's status should say; `None` where it is somebody else's by now.
     fn desired(&self, entry: &Entry) -> Option<(Vec<IpAddr>, Option<Condition>)> {
         let mut ingress = Vec::new();
         let current = entry.service.ingress_addresses().map(|ip| ip.to_canonical());
@@ -177,7 +177,7 @@ impl Allocator {
             return Some((ingress, entry.condition.clone()));
         }
         let foreign = entry.service.status.load_balancer.ingress.iter().any(|e| e.hostname.is_some());
-        if !entry.ours || foreign {
+        if foreign {
             return None;
         }
         ingress

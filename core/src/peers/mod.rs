@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use kinesin_abi::{Addr, NODE_TAG_MAX, NodeTag, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 use smol_str::SmolStr;
 
-use crate::devices::Device;
+use crate::devices::{Device, mac_text};
 use crate::presence::{Link, Record};
 
 /// The tag of a node's name; 0 for the empty name. FNV-1a, folded: part of the contract between maps and agents of all
@@ -101,8 +101,7 @@ impl State {
             Self::Mtu { theirs, ours } => format!("snat: its MTU is {theirs}, this node's {ours}"),
             Self::Unresolved => "snat: does not answer on the segment".into(),
             Self::OtherMac(mac) => {
-                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-                format!("snat: {mac} answers for its address, which is not its MAC")
+                format!("snat: {} answers for its address, which is not its MAC", mac_text(*mac))
             }
             Self::TagTaken(other) => format!("snat: its name has the same tag as {other}; rename one of the two"),
         }

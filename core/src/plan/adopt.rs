@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use kinesin_abi::{Backend, BackendId, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef, SourceRangeKey, frontend_flags};
 
-use super::image::{FrontendEntry, Image, Stages, Table, state_from};
+use super::entries::{FrontendEntry, Table, claimable};
+use super::image::Image;
 use super::slots::order_for;
+use super::stages::Stages;
 use super::{Actual, Op, Planner};
 
 impl Planner {
@@ -62,7 +64,7 @@ impl Planner {
             if id >= self.image.limits.backends || backend == Backend::default() {
                 continue;
             }
-            if id == 0 || state_from(backend.state).is_none() {
+            if id == 0 || claimable(backend.state).is_none() {
                 unreadable.push(id);
             } else {
                 self.image.adopt_backend(id, backend);

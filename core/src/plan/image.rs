@@ -12,174 +12,15 @@ use kinesin_abi::{
     SetRef, SourceRangeKey, frontend_flags,
 };
 
+use super::entries::{BackendEntry, Block, Claim, FrontendEntry, Table, claimable};
 use super::places;
 use super::slots::Slots;
+use super::stages::Stages;
 use super::{Limits, Op};
 use crate::maglev;
-use crate::services::ServiceKey;
 
 /// What identifies a backend.
 pub(super) type BackendKey = (Addr, Be16, u8);
-
-/// One backend. 56 bytes; with its place in `ids` about 64 bytes a backend.
-#[derive(Clone, Debug, Default)]
-pub(super) struct BackendEntry {
-    /// In the map.
-    pub(super) value: Backend,
-    /// How many services claim it in each state (index: state - 1).
-    pub(super) claims: [u32; 4],
-    /// How many services claim that it is local.
-    pub(super) local: u32,
-    /// Where all claims say that it runs; see [`Image::disputed`] for when they differ.
-    pub(super) node: NodeTag,
-    /// How many slots hold it.
-    pub(super) slots: u32,
-    /// Found at the start; somebody may still claim it, so it stays until the prune.
-    pub(super) adopted: bool,
-}
-
-impl BackendEntry {
-    fn claimed(&self) -> bool {
-        self.claims.iter().any(|n| *n > 0)
-    }
-
-    /// Goes when its only claim goes.
-    pub(super) fn only_claim(&self) -> bool {
-        self.claims.iter().sum::<u32>() == 1 && !self.adopted
-    }
-}
-
-/// What one service says of one backend: 8 bytes for each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Claim {
-    pub(super) id: BackendId,
-    /// [`Backend::flags`], and in bits that these do not use, the state.
-    said: u32,
-}
-
-/// Where [`Claim::said`] has the state, which is below 8.
-const STATE_SHIFT: u32 = 1;
-
-impl Claim {
-    pub(super) fn new(id: BackendId, value: &Backend) -> Self {
-        Self { id, said: value.flags | u32::from(value.state) << STATE_SHIFT }
-    }
-
-    fn state(self) -> Option<BackendState> {
-        state_from((self.said >> STATE_SHIFT & 0b111) as u8)
-    }
-
-    fn is_local(self) -> bool {
-        self.said & BACKEND_LOCAL != 0
-    }
-
-    fn node(self) -> NodeTag {
-        Backend { flags: self.said, ..Backend::default() }.node()
-    }
-}
-
-/// A run of slots that holds one set.
-#[derive(Clone, Debug)]
-pub(super) struct Block {
-    /// Capacity: `1 << order` slots.
-    pub(super) order: u8,
-    /// Slots in use, from the first one on.
-    pub(super) len: u32,
-    /// References by frontends, each scope counted.
-    pub(super) users: u32,
-}
-
-/// A Maglev table in the map.
-#[derive(Clone, Debug)]
-pub(super) enum Table {
-    /// Read back, not verified yet.
-    Adopted(Arc<[BackendId]>),
-    /// Follows from these members (sorted); computed again when somebody asks, which saves 64 KiB for each set.
-    Of(Box<[BackendId]>),
-}
-
-/// A frontend in the map.
-#[derive(Clone, Debug)]
-pub(super) struct FrontendEntry {
-    /// In the map.
-    pub(super) value: FrontendValue,
-    /// Who has it; nobody for wildcards and for adopted ones that were not claimed yet.
-    pub(super) owner: Option<ServiceKey>,
-    /// How many services share it; only wildcards.
-    pub(super) users: u32,
-}
-
-impl FrontendEntry {
-    /// Adopted, and nobody has claimed it so far.
-    pub(super) fn unclaimed(&self) -> bool {
-        self.owner.is_none() && self.users == 0
-    }
-}
-
-/// Ops by the stage in which they are safe, in this order.
-#[derive(Default)]
-pub(super) struct Stages {
-    backends: Vec<Op>,
-    slots: Vec<Op>,
-    /// Slots whose member has moved to where only the new counts reach.
-    late_slots: Vec<Op>,
-    tables: Vec<Op>,
-    /// Frontends that no longer ask a list of clients not served: before that list grows for others.
-    opened: Vec<Op>,
-    ranges: Vec<Op>,
-    frontends: Vec<Op>,
-    deletes: Vec<Op>,
-    range_deletes: Vec<Op>,
-    /// Frontends that begin to ask such a list: not before it has shrunk.
-    closed: Vec<Op>,
-    table_deletes: Vec<Op>,
-    empties: Vec<Op>,
-    frees: Vec<Op>,
-    /// Blocks that lost a user.
-    idle: Vec<u32>,
-    /// Backends that lost a slot or a claim.
-    touched: Vec<BackendId>,
-    /// Only when the frontends map is full: make room before filling it.
-    pub(super) delete_first: bool,
-    /// The same for the map of tables. In between, the programs choose at random.
-    pub(super) delete_tables_first: bool,
-}
-
-impl Stages {
-    /// A slot whose content the image does not know; only at adoption.
-    pub(super) fn empty_unknown(&mut self, index: u32) {
-        self.empties.push(Op::Slot(index, SLOT_EMPTY));
-    }
-
-    /// A frontend that the image has as repaired already; only at adoption.
-    pub(super) fn put_adopted(&mut self, key: FrontendKey, value: FrontendValue) {
-        self.frontends.push(Op::PutFrontend(key, value));
-    }
-
-    /// All ops in an order of which every prefix is safe.
-    pub(super) fn into_ops(mut self) -> Vec<Op> {
-        let mut ops = self.backends;
-        ops.append(&mut self.slots);
-        if self.delete_tables_first {
-            ops.append(&mut self.table_deletes);
-        }
-        ops.append(&mut self.tables);
-        ops.append(&mut self.opened);
-        ops.append(&mut self.ranges);
-        if self.delete_first {
-            ops.append(&mut self.deletes);
-        }
-        ops.append(&mut self.frontends);
-        ops.append(&mut self.deletes);
-        ops.append(&mut self.range_deletes);
-        ops.append(&mut self.closed);
-        ops.append(&mut self.late_slots);
-        ops.append(&mut self.table_deletes);
-        ops.append(&mut self.empties);
-        ops.append(&mut self.frees);
-        ops
-    }
-}
 
 /// So many ids rest after their backend is gone before the first of them is given to another one, while there are others:
 /// connections that still know the old backend should not meet a new one under its id.
@@ -215,12 +56,6 @@ pub(super) struct Image {
 
 pub(super) fn key_of(backend: &Backend) -> BackendKey {
     (backend.addr, backend.port, backend.proto)
-}
-
-pub(super) fn state_from(raw: u8) -> Option<BackendState> {
-    [BackendState::Active, BackendState::Terminating, BackendState::TerminatingNotServing, BackendState::Maintenance]
-        .into_iter()
-        .find(|state| *state as u8 == raw)
 }
 
 impl Image {
@@ -284,7 +119,7 @@ impl Image {
 
     /// Adds a service's claim. `value` says state and locality; the id is new when nobody had the backend.
     pub(super) fn claim(&mut self, id: BackendId, value: Backend) {
-        let Some(state) = state_from(value.state) else { return };
+        let Some(state) = claimable(value.state) else { return };
         if self.backend(id).is_none() {
             self.take_id(id, value);
         }

@@ -5,6 +5,7 @@
 //! performs nothing, and whoever performs its ops tells it about failures by [`Planner::repair`].
 
 mod adopt;
+mod entries;
 mod image;
 mod meaning;
 mod phases;
@@ -13,6 +14,7 @@ mod planner;
 mod room;
 mod service;
 mod slots;
+mod stages;
 
 pub use meaning::{FrontendMeaning, Meaning};
 pub use phases::in_phases;

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 
 use kinesin_abi::{Backend, FrontendKey, FrontendValue, MAGLEV_TABLE_SIZE, frontend_flags};
 
-use super::image::{BackendKey, Image, Stages, key_of};
+use super::image::{BackendKey, Image, key_of};
 use super::service::{Record, backend_keys, key_of_ref};
+use super::stages::Stages;
 use super::{Actual, Op};
 use crate::maglev::{HashSeed, protocol_name};
 use crate::services::{BackendRef, BackendSet, Compiled, ServiceKey, address_text, object_of};

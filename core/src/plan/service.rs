@@ -10,8 +10,10 @@ use kinesin_abi::{
 };
 use smol_str::SmolStr;
 
-use super::image::{BackendKey, Claim, Stages, key_of};
+use super::entries::Claim;
+use super::image::{BackendKey, key_of};
 use super::room::{Members, scopes};
+use super::stages::Stages;
 use super::{Op, PlanError, Planner};
 use crate::peers;
 use crate::services::{BackendRef, Compiled, ServiceKey};

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::devices::Device;
+use crate::devices::{Device, mac_text};
 
 /// A selected device of a node whose programs take what others hand on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ fn is_link_local(net: &IpNet) -> bool {
 }
 
 fn write_mac<S: Serializer>(mac: &[u8; 6], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&mac.map(|byte| format!("{byte:02x}")).join(":"))
+    serializer.collect_str(&mac_text(*mac))
 }
 
 fn read_mac<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 6], D::Error> {

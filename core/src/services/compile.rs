@@ -1,7 +1,7 @@
 //! The rules by which a Service becomes frontends and backend sets.
 
 use std::collections::{BTreeMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use kinesin_abi::{FrontendKind, frontend_flags as flags, proto};
 use smol_str::SmolStr;
@@ -9,8 +9,8 @@ use smol_str::SmolStr;
 use super::endpoints::{self, PortRef};
 use super::problems::Problems;
 use super::{
-    BackendRef, BackendSet, Compiled, Forwarding, Frontend, SourceRanges, exposure, forwarding, health, ranges,
-    topology,
+    BackendRef, BackendSet, Compiled, Forwarding, Frontend, SURROGATES, SourceRanges, exposure, forwarding, health,
+    ranges, topology,
 };
 use crate::maglev::protocol_name;
 use crate::objects::{Affinity, EndpointSlice, Service, ServiceType, StringMap, TrafficPolicy};
@@ -227,7 +227,7 @@ pub(super) struct Builder<'a> {
     service: &'a Service,
     pub(super) node: &'a NodeContext,
     pub(super) out: BTreeMap<(IpAddr, u16, u8), Frontend>,
-    sets: Vec<BackendSet>,
+    pub(super) sets: Vec<BackendSet>,
     affinity: u32,
     ranges: Option<SourceRanges>,
     forwarding: Forwarding,
@@ -296,9 +296,8 @@ impl Builder<'_> {
         }
         if self.node.kube_proxy_replacement && matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
             let families = self.node_port_families(&found);
-            let surrogates = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
             let own = self.node.node_port_addresses.iter().map(IpAddr::to_canonical);
-            for addr in own.filter(|addr| !addr.is_unspecified()).chain(surrogates) {
+            for addr in own.filter(|addr| !addr.is_unspecified()).chain(SURROGATES) {
                 if families(addr) && self.enabled(addr) {
                     found.push((addr, FrontendKind::NodePort));
                 }
@@ -421,22 +420,14 @@ impl Builder<'_> {
         let set = endpoints::select(port.all, |backend| {
             backend.addr.is_ipv4() == v4
                 && if local {
-                    backend.local || backend.node.is_empty()
+                    backend.counts_as_local()
                 } else {
                     near.is_none_or(|near| near.contains(&(backend.addr, backend.port)))
                 }
         });
-        let index = self.intern(set);
+        let index = super::intern(&mut self.sets, set);
         *known = Some(index);
         index
-    }
-
-    /// Index of a set; equal ones share it.
-    pub(super) fn intern(&mut self, set: BackendSet) -> usize {
-        self.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
-            self.sets.push(set);
-            self.sets.len() - 1
-        })
     }
 
     fn wildcards(&mut self, addresses: &[(IpAddr, FrontendKind)]) {

@@ -46,8 +46,8 @@ impl Tally {
 
     /// Takes the backends of one of the Service's ports. Local are those that `externalTrafficPolicy: Local` leaves.
     pub(super) fn count(&mut self, backends: &[BackendRef]) {
-        let local = |backend: &&BackendRef| backend.local || backend.node.is_empty();
-        let ready = backends.iter().filter(local).filter(|backend| backend.state == BackendState::Active);
+        let ready =
+            backends.iter().filter(|backend| backend.counts_as_local() && backend.state == BackendState::Active);
         self.pods.extend(ready.map(|backend| backend.addr));
     }
 
@@ -91,7 +91,7 @@ impl Builder<'_> {
                 node: self.node.name.as_str().into(),
                 zone: self.node.zone.as_str().into(),
             };
-            let set = self.intern(BackendSet { backends: [answer].into(), usable: 1 });
+            let set = super::intern(&mut self.sets, BackendSet { backends: [answer].into(), usable: 1 });
             let frontend = Frontend {
                 addr,
                 port,

@@ -4,12 +4,12 @@
 //! Deliberately absent: what waits for a pod to be ready. A host port leads to its pod while it runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{BackendState, FrontendKind, frontend_flags as flags};
 
 use super::problems::Problems;
-use super::{BackendRef, BackendSet, Compiled, Frontend, NodeContext, ServiceKey, endpoints};
+use super::{BackendRef, BackendSet, Compiled, Frontend, NodeContext, SURROGATES, ServiceKey, endpoints};
 use crate::maglev::protocol_name;
 use crate::objects::{ContainerPort, ObjectKey, Pod};
 
@@ -108,10 +108,7 @@ pub fn host_ports<'a>(
                         zone: node.zone.as_str().into(),
                     };
                     let set = BackendSet { backends: [backend].into(), usable: 1 };
-                    let index = compiled.sets.iter().position(|known| *known == set).unwrap_or_else(|| {
-                        compiled.sets.push(set);
-                        compiled.sets.len() - 1
-                    });
+                    let index = super::intern(&mut compiled.sets, set);
                     compiled.frontends.push(Frontend {
                         addr,
                         port: number,
@@ -194,7 +191,6 @@ fn claim(
             "hostPort: the pod has no address yet in a family that is served; it is served once it has".to_owned()
         );
     }
-    let surrogates = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let reachable = |addr: &IpAddr| backends.of_family(*addr).is_some();
     let asked = match port.host_ip.as_str() {
         "" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -205,10 +201,10 @@ fn claim(
     };
     if asked.is_unspecified() {
         let own = node.node_port_addresses.iter().map(IpAddr::to_canonical);
-        return Ok((proto, own.chain(surrogates).filter(reachable).collect()));
+        return Ok((proto, own.chain(SURROGATES).filter(reachable).collect()));
     }
     let at = if asked.is_loopback() {
-        surrogates[usize::from(asked.is_ipv6())]
+        SURROGATES[usize::from(asked.is_ipv6())]
     } else if host.addresses.contains(&asked) {
         asked
     } else {

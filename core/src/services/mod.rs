@@ -27,7 +27,7 @@ pub use index::SliceIndex;
 pub use view::{address_text, view};
 pub use wide::{AllBackends, WideBackend, WideView, wide};
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -93,6 +93,17 @@ pub struct BackendSet {
     pub usable: usize,
 }
 
+/// Index of a set among those of one Service or host port; equal ones share it.
+fn intern(sets: &mut Vec<BackendSet>, set: BackendSet) -> usize {
+    sets.iter().position(|known| *known == set).unwrap_or_else(|| {
+        sets.push(set);
+        sets.len() - 1
+    })
+}
+
+/// What stands for every local address: see [`kinesin_abi::FrontendKey::addr`].
+const SURROGATES: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+
 /// One pod behind a service port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BackendRef {
@@ -110,6 +121,13 @@ pub struct BackendRef {
     pub node: Name,
     /// `zone`
     pub zone: Name,
+}
+
+impl BackendRef {
+    /// Whether `Local` policies keep it: it runs on this node, or nobody says where.
+    fn counts_as_local(&self) -> bool {
+        self.local || self.node.is_empty()
+    }
 }
 
 /// One object of `kinesin services -o json`.

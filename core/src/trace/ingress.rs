@@ -10,8 +10,9 @@ use kinesin_abi::{
 
 use super::flows::tuple;
 use super::route::Fib;
-use super::select::{Candidate, member};
+use super::select::{self, Candidate, member};
 use super::{Attached, Hook, Neighbour, Port, Step, Tracer, Tuple, Verdict, View, Way, sure, text};
+use crate::devices::mac_text;
 
 impl<V: View> Tracer<'_, V> {
     /// A packet that comes in by a device.
@@ -154,10 +155,8 @@ impl<V: View> Tracer<'_, V> {
     fn hand_on(&self, ifindex: u32, node: NodeTag, flags: u16) -> Result<Option<Verdict>, V::Error> {
         let peer = self.view.peer(&PeerKey::of_node(node))?;
         let peer = peer.filter(|peer| peer.ifindex == ifindex && peer.flags & flags == flags);
-        Ok(peer.map(|peer| Verdict::HandedOn {
-            mac: peer.mac_bytes().map(|byte| format!("{byte:02x}")).join(":"),
-            device: self.view.device_name(ifindex),
-        }))
+        Ok(peer
+            .map(|peer| Verdict::HandedOn { mac: mac_text(peer.mac_bytes()), device: self.view.device_name(ifindex) }))
     }
 
     /// The first packet of a connection to one of our frontends.
@@ -176,16 +175,9 @@ impl<V: View> Tracer<'_, V> {
             return self.refuse();
         }
         let candidates = self.choose(frontend)?;
-        let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
-        let mut ways = Vec::with_capacity(candidates.len());
-        for candidate in candidates {
-            ways.push(self.to_backend(ifindex, frontend, candidate)?);
-        }
-        if left > 1e-9 {
-            let verdict = Verdict::dropped(DropReason::NoBackend);
-            ways.push(Way { chance: left, backend: None, steps: Vec::new(), verdict });
-        }
-        Ok(ways)
+        select::ways(candidates, Verdict::dropped(DropReason::NoBackend), |candidate| {
+            self.to_backend(ifindex, frontend, candidate)
+        })
     }
 
     /// No backend: dropped, and the client is told where the settings and its address allow.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::{Step, Tracer, View};
+use crate::devices::mac_text;
 
 /// What is asked of the routing tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +64,7 @@ impl<V: View> Tracer<'_, V> {
             to,
             device: self.view.device_name(hop.ifindex),
             via: hop.via,
-            mac: hop.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+            mac: hop.mac.map(mac_text),
             neighbour: hop.neighbour.clone(),
         }
     }

@@ -8,7 +8,7 @@ use kinesin_abi::{
     frontend_flags, maglev_index,
 };
 
-use super::{Bond, Member, Method, Step, Tracer, View, text};
+use super::{Bond, Member, Method, Step, Tracer, Verdict, View, Way, text};
 
 /// A backend, and how probable it is that it is chosen.
 pub(super) type Candidate = (f64, BackendId, Backend);
@@ -21,6 +21,20 @@ pub(super) fn member(id: BackendId, backend: &Backend) -> Member {
         state: text::state(backend.state).into(),
         local: backend.is_local(),
     }
+}
+
+/// What becomes of a packet with each of the candidates, and with nobody, should no slot lead to a backend.
+pub(super) fn ways<E>(
+    candidates: Vec<Candidate>,
+    nobody: Verdict,
+    with: impl FnMut(Candidate) -> Result<Way, E>,
+) -> Result<Vec<Way>, E> {
+    let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
+    let mut ways = candidates.into_iter().map(with).collect::<Result<Vec<_>, _>>()?;
+    if left > 1e-9 {
+        ways.push(Way { chance: left, backend: None, steps: Vec::new(), verdict: nobody });
+    }
+    Ok(ways)
 }
 
 impl<V: View> Tracer<'_, V> {

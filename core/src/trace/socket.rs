@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kinesin_abi::{AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, frontend_flags, proto};
 
-use super::select::{Candidate, member};
+use super::select::{self, Candidate, member};
 use super::{Attached, Hook, Step, Tracer, Verdict, View, Way, text};
 
 impl<V: View> Tracer<'_, V> {
@@ -35,16 +35,8 @@ impl<V: View> Tracer<'_, V> {
         let Some((key, by, frontend)) = self.socket_frontend(host)? else { return self.leave() };
         self.frontend_step(&key, by, &frontend, false);
         let candidates = self.choose_for_socket(&frontend, netns)?;
-        let left = 1.0 - candidates.iter().map(|(chance, ..)| chance).sum::<f64>();
-        let mut ways = Vec::with_capacity(candidates.len());
-        for candidate in candidates {
-            ways.push(self.connects(candidate)?);
-        }
-        if left > 1e-9 {
-            let verdict = Verdict::Denied { errno: "EPERM".into() };
-            ways.push(Way { chance: left, backend: None, steps: Vec::new(), verdict });
-        }
-        Ok(ways)
+        let denied = Verdict::Denied { errno: "EPERM".into() };
+        select::ways(candidates, denied, |candidate| self.connects(candidate))
     }
 
     /// Whether the tuple is that of a local backend which answers: such packets come from a socket that was accepted.

@@ -298,7 +298,7 @@ fn removing_what_is_not_there_does_nothing() {
 
 #[test]
 fn a_planned_endpoint_costs_little_memory() {
-    use crate::plan::image::{BackendEntry, Claim};
+    use crate::plan::entries::{BackendEntry, Claim};
     // 250,000 endpoints: 14 MB of entries, 10 MB of ids by address, 2 MB of claims, 1 MB of slots.
     assert!(size_of::<BackendEntry>() <= 56);
     assert_eq!(size_of::<Claim>(), 8);
