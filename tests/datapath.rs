@@ -11,6 +11,8 @@ mod bpf;
 mod affinity;
 #[path = "datapath/arp.rs"]
 mod arp;
+#[path = "datapath/binds.rs"]
+mod binds;
 #[path = "datapath/conntrack.rs"]
 mod conntrack;
 #[path = "datapath/dispatch.rs"]

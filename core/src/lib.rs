@@ -8,6 +8,7 @@ pub mod devices;
 pub mod flows;
 pub mod lb_ipam;
 pub mod maglev;
+pub mod node_ports;
 pub mod objects;
 pub mod ownership;
 pub mod peers;

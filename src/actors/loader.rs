@@ -1,6 +1,7 @@
 //! Loads the programs and keeps them attached where they belong.
 //!
-//! owns: the eBPF object, the hooks and their pins, the devices map, the static part of the settings
+//! owns: the eBPF object, the hooks and their pins, the devices map, the static part of the settings, and that the kernel
+//! reserves NodePorts
 //! hears: changes of the node's devices and of the configuration, the clock for comparing both and the hooks with what
 //! is there, and for trying again what failed
 //! says: the maps level: the maps and what is attached where
@@ -19,7 +20,7 @@ use std::time::Duration;
 use anyhow::Context;
 use kinesin_abi::{
     Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
-    SETTING_REJECT_NO_BACKEND,
+    SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
@@ -33,6 +34,7 @@ use crate::config::{Config, NoBackend};
 use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
 use crate::level::Follower;
 use crate::machine;
+use crate::net::local_ports;
 use crate::supervisor::Backoff;
 use crate::sync::lock;
 use crate::world::{Devices, MapsHandle, World};
@@ -126,6 +128,7 @@ impl Actor for Loader {
             retry: None,
         };
         loader.write_settings()?;
+        loader.reserve_node_ports();
         loader.schedule_retry(false);
         loader.publish();
         Ok(loader)
@@ -151,6 +154,9 @@ impl Actor for Loader {
             if options != self.options {
                 self.load_anew(options).await;
             }
+        }
+        if news {
+            self.reserve_node_ports();
         }
         let mut written = usize::from(self.write_settings()?);
         // Also without a change: hooks of a fresh load are still to be attached.
@@ -251,6 +257,7 @@ impl Loader {
             let before = *settings;
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
                 | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 }
+                | if config.services.protect_node_ports { SETTING_PROTECT_NODE_PORTS } else { 0 }
                 | if config.services.fragments4 { SETTING_FOLLOW_FRAGMENTS4 } else { 0 }
                 | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };
             (settings.snat_min, settings.snat_max) = (snat_min, snat_max);
@@ -262,6 +269,18 @@ impl Loader {
             differs = *settings != before;
         })?;
         Ok(differs)
+    }
+
+    /// Sees to it that the node's own connections get no port that a Service may be given.
+    fn reserve_node_ports(&self) {
+        let config = self.world.config();
+        let services = &config.services;
+        let problems = if services.kube_proxy_replacement {
+            local_ports::reserve(services.node_port_range.ports(), services.reserve_node_ports).err()
+        } else {
+            None
+        };
+        self.world.problems.set("node-ports", problems.into_iter().collect());
     }
 
     /// Returns how many entries of the devices map were written or deleted.

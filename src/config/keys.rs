@@ -187,6 +187,20 @@ pub static KEYS: &[KeyDef] = &[
     ),
     live(
         SERVICES,
+        "node-port-bind-protection",
+        "true",
+        Kind::Bool(|c| &mut c.services.protect_node_ports),
+        "Refuse to bind sockets of the node to NodePorts, where they would never see a packet.",
+    ),
+    live(
+        SERVICES,
+        "enable-auto-protect-node-port-range",
+        "true",
+        Kind::Bool(|c| &mut c.services.reserve_node_ports),
+        "Where the node's own connections could take ports from `node-port-range`, add it to the kernel's reserved ports.",
+    ),
+    live(
+        SERVICES,
         "nodeport-addresses",
         "",
         Kind::Cidrs(|c| &mut c.services.node_port_addresses),

@@ -188,6 +188,10 @@ pub struct Services {
     pub socket_lb: Option<bool>,
     /// `node-port-range`
     pub node_port_range: PortRange,
+    /// `node-port-bind-protection`
+    pub protect_node_ports: bool,
+    /// `enable-auto-protect-node-port-range`
+    pub reserve_node_ports: bool,
     /// `nodeport-addresses`; empty means all.
     pub node_port_addresses: Vec<IpNet>,
     /// `bpf-lb-algorithm`
@@ -439,6 +443,13 @@ pub struct PortRange {
     pub first: u16,
     /// The last port, at least `first`.
     pub last: u16,
+}
+
+impl PortRange {
+    /// All ports of it.
+    pub fn ports(self) -> std::ops::RangeInclusive<u16> {
+        self.first..=self.last
+    }
 }
 
 /// 12 bytes that all nodes share, so that their Maglev tables agree.

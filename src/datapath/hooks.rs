@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
+use aya::programs::{ProgramError, SchedClassifier};
 
 use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
@@ -20,7 +20,7 @@ pub(super) const ETHERNET: [&str; 4] = ["cil_from_netdev", "cil_to_netdev", "cil
 const LAYER3: [&str; 4] = ["cil_from_l3dev", "cil_to_l3dev", "cil_from_l3dev6", "cil_to_l3dev6"];
 
 /// The socket programs with their `enum bpf_attach_type`.
-pub(super) const SOCKETS: [(&str, u32); 8] = [
+pub(super) const SOCKETS: [(&str, u32); 10] = [
     ("cil_sock4_connect", 10),
     ("cil_sock6_connect", 11),
     ("cil_sock4_sendmsg", 14),
@@ -29,6 +29,8 @@ pub(super) const SOCKETS: [(&str, u32); 8] = [
     ("cil_sock6_recvmsg", 20),
     ("cil_sock4_getpeername", 29),
     ("cil_sock6_getpeername", 30),
+    ("cil_sock4_post_bind", 12),
+    ("cil_sock6_post_bind", 13),
 ];
 
 /// A device cannot be looked at.
@@ -190,12 +192,7 @@ impl Datapath {
     fn try_cgroup(&self, program: &str, root: &Path, attach_type: u32) -> Result<(Attachment, Found), String> {
         let opened = File::open(root).and_then(|dir| Ok((dir.metadata()?.ino(), dir)));
         let (id, cgroup) = opened.map_err(|error| format!("open {}: {error}", root.display()))?;
-        let loaded: &CgroupSockAddr = self
-            .ebpf
-            .program(program)
-            .ok_or("not in the object")?
-            .try_into()
-            .map_err(|error: ProgramError| chain(&error))?;
+        let loaded = self.ebpf.program(program).ok_or("not in the object")?;
         let fd = loaded.fd().map_err(|error| chain(&error))?;
         let path = self.links.join(format!("cgroup-{program}"));
         attach::cgroup(fd.as_fd(), (cgroup.as_fd(), id), attach_type, &path)

@@ -285,6 +285,7 @@ impl Datapath {
         let result = match self.ebpf.program_mut(name) {
             Some(Program::SchedClassifier(program)) => program.load(),
             Some(Program::CgroupSockAddr(program)) => program.load(),
+            Some(Program::CgroupSock(program)) => program.load(),
             _ => Err(ProgramError::UnexpectedProgramType),
         };
         match result {

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod garp;
 pub mod groups;
 pub mod links;
+pub mod local_ports;
 pub mod na;
 pub mod netns;
 pub mod proc;

@@ -22,6 +22,7 @@ fn load_all(ebpf: &mut Ebpf) -> Vec<(String, ProgramInfo)> {
     for (name, program) in ebpf.programs_mut() {
         let loaded = match program {
             Program::SchedClassifier(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
             Program::CgroupSockAddr(program) => program.load(),
             Program::Xdp(program) => program.load(),
             other => panic!("{name} is of a kind that this test does not know: {:?}", other.prog_type()),

@@ -103,7 +103,7 @@ impl Node {
 
     fn start(&mut self) {
         let hooks = self.datapath.attach_cgroup(self.cgroup.path());
-        assert_eq!(hooks.len(), 8);
+        assert_eq!(hooks.len(), 10);
         assert!(hooks.iter().all(|hook| hook.is_ok()), "{hooks:#?}");
         let [tcp, udp] = [self.tcp.local_addr(), self.udp.local_addr()].map(|addr| addr.unwrap().port());
         let mut ops = Vec::new();
@@ -358,7 +358,7 @@ fn hooks_of_a_dead_agent_go_on_and_the_next_one_replaces_them_in_place() {
             all
         };
         let before = links();
-        assert_eq!(before.len(), 8);
+        assert_eq!(before.len(), 10);
         let mut next = Datapath::load(&options(node.root.path())).unwrap();
         let hooks = next.attach_cgroup(node.cgroup.path());
         assert!(hooks.iter().all(|hook| hook.is_ok()), "{hooks:#?}");

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kinesin::net::arp::{self, ArpSocket};
 use kinesin::net::rtnl::Rtnl;
-use kinesin::net::{GarpSender, LinkMonitor, Netns, garp, sysctl};
+use kinesin::net::{GarpSender, LinkMonitor, Netns, garp, local_ports, sysctl};
 use kinesin_core::devices::Device;
 use tokio::sync::watch;
 
@@ -52,6 +52,24 @@ fn sysctls_are_written_in_the_namespace_and_nowhere_else() {
     assert_eq!(sysctl::read("ipv4/ip_default_ttl").unwrap(), here);
     let error = sysctl::write_in(&netns, &[("ipv4/no_such_key", "1")]).unwrap_err().to_string();
     assert!(error.contains("net/ipv4/no_such_key"), "{error}");
+}
+
+#[test]
+fn node_ports_are_reserved_where_the_kernel_would_give_them_to_connections() {
+    let netns = Netns::create(&format!("kinesin-test-reserve-{}", std::process::id())).unwrap();
+    let reserved = || netns.run(|| sysctl::read("ipv4/ip_local_reserved_ports").unwrap()).unwrap();
+    let reserve = |may_write| netns.run(|| local_ports::reserve(30_000..=32_767, may_write)).unwrap();
+    let own = [("ipv4/ip_local_port_range", "32768\t60999"), ("ipv4/ip_local_reserved_ports", "8080")];
+    sysctl::write_in(&netns, &own).unwrap();
+    reserve(true).unwrap();
+    assert_eq!(reserved(), "8080", "they do not meet");
+    sysctl::write_in(&netns, &[("ipv4/ip_local_port_range", "32000\t60999")]).unwrap();
+    let error = reserve(false).unwrap_err();
+    assert!(error.contains("node-port-range 30000-32767") && error.contains("32000\t60999"), "{error}");
+    assert_eq!(reserved(), "8080", "without leave nothing is written");
+    reserve(true).unwrap();
+    assert_eq!(reserved(), "8080,30000-32767");
+    reserve(false).unwrap();
 }
 
 #[tokio::test]

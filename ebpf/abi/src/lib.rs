@@ -37,7 +37,8 @@ pub use service::{
 };
 pub use settings::{
     DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,
-    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, Settings,
+    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
+    SETTING_REJECT_NO_BACKEND, Settings,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.

@@ -68,6 +68,9 @@ pub const SETTING_REJECT_NO_BACKEND: u32 = 1;
 /// Answer ICMP echo requests to addresses that are ours on the LAN.
 pub const SETTING_ANSWER_PING: u32 = 2;
 
+/// Refuse to bind a socket of the node to a NodePort.
+pub const SETTING_PROTECT_NODE_PORTS: u32 = 4;
+
 /// Value of the devices hash (key: ifindex, `u32`): a device that the programs are attached to or may send from.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

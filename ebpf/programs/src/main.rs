@@ -16,6 +16,7 @@ extern crate std;
 
 mod affinity;
 mod arp;
+mod bind;
 mod dispatch;
 mod family;
 mod flows;
@@ -34,8 +35,8 @@ mod sock;
 mod verdict;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, TcContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, SockContext, TcContext},
 };
 use kinesin_abi::Direction;
 
@@ -101,6 +102,18 @@ sock_programs! {
     recvmsg6 cil_sock6_recvmsg => sock::restore6;
     /// The address that `getpeername(2)` tells IPv6 sockets.
     getpeername6 cil_sock6_getpeername => sock::restore6;
+}
+
+/// `bind(2)` of IPv4 sockets, once they have their port.
+#[cgroup_sock(post_bind4)]
+pub fn cil_sock4_post_bind(ctx: SockContext) -> i32 {
+    bind::post_bind4(ctx.sock)
+}
+
+/// `bind(2)` of IPv6 sockets, once they have their port.
+#[cgroup_sock(post_bind6)]
+pub fn cil_sock6_post_bind(ctx: SockContext) -> i32 {
+    bind::post_bind6(ctx.sock)
 }
 
 #[cfg(target_arch = "bpf")]

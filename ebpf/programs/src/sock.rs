@@ -12,9 +12,9 @@ use kinesin_abi::{
 use crate::{affinity, lookup};
 
 /// The system call goes on.
-const ALLOW: i32 = 1;
+pub const ALLOW: i32 = 1;
 /// The system call fails with EPERM.
-const DENY: i32 = 0;
+pub const DENY: i32 = 0;
 
 type Context = *mut bpf_sock_addr;
 
@@ -157,7 +157,7 @@ fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static Fron
         return (frontend.flags & frontend_flags::WILDCARD == 0).then_some(frontend);
     }
     let every = any_address(&to.addr)?;
-    if !on_the_node(ctx) {
+    if !on_the_node(ctx.cast()) {
         return None;
     }
     let frontend = lookup::frontend_exact(every, to.port, protocol)?;
@@ -165,11 +165,11 @@ fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static Fron
     (kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32).then_some(frontend)
 }
 
-/// Whether the socket is in the node's network namespace.
+/// Whether the socket of a cgroup program's context is in the node's network namespace.
 #[inline(always)]
-fn on_the_node(ctx: Context) -> bool {
+pub fn on_the_node(ctx: *mut core::ffi::c_void) -> bool {
     // SAFETY: the program's context.
-    let socket = unsafe { h::bpf_get_netns_cookie(ctx.cast()) };
+    let socket = unsafe { h::bpf_get_netns_cookie(ctx) };
     // SAFETY: a constant of the loaded program; volatile, as the compiler knows only the value that it was built with.
     let node = match unsafe { (&raw const NODE_NETNS).read_volatile() } {
         // SAFETY: without a context the helper tells the initial namespace's.
@@ -181,7 +181,7 @@ fn on_the_node(ctx: Context) -> bool {
 
 /// What stands for every address of the node, of the family of a loopback address.
 #[inline(always)]
-fn any_address(addr: &Addr) -> Option<Addr> {
+pub fn any_address(addr: &Addr) -> Option<Addr> {
     const LOOPBACK: Addr = Addr { words: [0, 0, 0, 1u32.to_be()] };
     if addr.is_v4() {
         let [first, ..] = addr.v4_raw().to_ne_bytes();
