@@ -92,6 +92,7 @@ struct Options {
     cgroup: Option<PathBuf>,
     /// Serve IPv6 on devices.
     ipv6: bool,
+    maglev_size: u32,
 }
 
 /// What a load makes.
@@ -184,8 +185,12 @@ impl Actor for Loader {
 async fn load(options: Options) -> Result<Loaded, Failure> {
     let (datapath, store) = tokio::task::spawn_blocking(move || {
         ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
-        let load =
-            LoadOptions { max_entries: options.sizes, ipv6: options.ipv6, ..LoadOptions::new(&options.bpf_root) };
+        let load = LoadOptions {
+            max_entries: options.sizes,
+            ipv6: options.ipv6,
+            maglev_size: options.maglev_size,
+            ..LoadOptions::new(&options.bpf_root)
+        };
         let mut datapath = Datapath::load(&load)?;
         if let Some(cgroup) = &options.cgroup {
             datapath.attach_cgroup(cgroup);
@@ -205,7 +210,8 @@ impl From<&Config> for Options {
         let set = Some(config.paths.cgroup_root.clone()).filter(|path| !path.as_os_str().is_empty());
         let cgroup = config.services.socket_lb().then(|| set.or_else(cgroup2_root)).flatten();
         let ipv6 = config.families.ipv6;
-        Self { bpf_root: config.paths.bpf_root.clone(), sizes, tight, cgroup, ipv6 }
+        let maglev_size = config.services.maglev_table_size;
+        Self { bpf_root: config.paths.bpf_root.clone(), sizes, tight, cgroup, ipv6, maglev_size }
     }
 }
 
@@ -346,8 +352,8 @@ impl Loader {
             backends,
             maglev_tables: maglev,
             source_ranges: ranges,
+            maglev_size: self.options.maglev_size,
             maglev_seed,
-            ..Limits::default()
         };
         self.world.maps.set(MapsHandle { generation: *generation, store: store.clone(), limits, hooks });
     }

@@ -77,7 +77,7 @@ const fn reattach(
 }
 
 /// Sizes that Maglev tables may have; all prime.
-const MAGLEV_SIZES: &[u32] = &[251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071];
+const MAGLEV_SIZES: &[u32] = &kinesin_abi::MAGLEV_TABLE_SIZES;
 /// The most entries of a map.
 const CT_MAX: u32 = kinesin_core::sizing::BOUNDS.1;
 
@@ -257,7 +257,7 @@ pub static KEYS: &[KeyDef] = &[
         "bpf-lb-maglev-table-size",
         "16381",
         Kind::OneOf { options: MAGLEV_SIZES, at: |c| &mut c.services.maglev_table_size },
-        "Entries of a Maglev table. Only 16381 is supported so far; another size is reported and 16381 used.",
+        "Entries of a Maglev table, about a hundred for each backend that a Service may have: 4 bytes each, of each Service on each node. Equal on all nodes.",
     ),
     live(
         SERVICES,

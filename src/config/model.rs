@@ -204,7 +204,7 @@ pub struct Services {
     pub mode_annotation: bool,
     /// `bpf-lb-algorithm-annotation`
     pub algorithm_annotation: bool,
-    /// `bpf-lb-maglev-table-size`; always [`kinesin_abi::MAGLEV_TABLE_SIZE`] for now.
+    /// `bpf-lb-maglev-table-size`
     pub maglev_table_size: u32,
     /// `bpf-lb-maglev-hash-seed`
     pub maglev_seed: MaglevSeed,

@@ -34,23 +34,11 @@ pub(super) fn contradiction(config: &Config) -> Option<Contradiction> {
 /// Makes values usable that are allowed alone but not together, and says so.
 pub(super) fn adjust(config: &mut Config) -> Vec<String> {
     let mut warnings = Vec::new();
-    maglev_size(config, &mut warnings);
     connections(config, &mut warnings);
     dsr_dispatch(config, &mut warnings);
     lease_timing(config, &mut warnings);
     combinations(config, &mut warnings);
     warnings
-}
-
-fn maglev_size(config: &mut Config, warnings: &mut Vec<String>) {
-    let size = &mut config.services.maglev_table_size;
-    if *size != kinesin_abi::MAGLEV_TABLE_SIZE {
-        warnings.push(format!(
-            "bpf-lb-maglev-table-size={size} is not supported yet: using {}",
-            kinesin_abi::MAGLEV_TABLE_SIZE
-        ));
-        *size = kinesin_abi::MAGLEV_TABLE_SIZE;
-    }
 }
 
 /// The programs count whole seconds, and a connection that is forgotten at once is none.

@@ -382,10 +382,11 @@ fn lease_times_that_do_not_fit_into_each_other_are_adjusted() {
 }
 
 #[test]
-fn an_unsupported_maglev_size_is_reported_and_not_used() {
-    let (config, report) = loaded(&with_flags(&[("bpf-lb-maglev-table-size", "65521")]));
-    assert_eq!(config.services.maglev_table_size, 16381);
-    assert_eq!(report.warnings, ["bpf-lb-maglev-table-size=65521 is not supported yet: using 16381"]);
+fn maglev_tables_have_one_of_ten_sizes() {
+    for size in kinesin_abi::MAGLEV_TABLE_SIZES {
+        let (config, report) = loaded(&with_flags(&[("bpf-lb-maglev-table-size", &size.to_string())]));
+        assert_eq!((config.services.maglev_table_size, report.warnings.len()), (size, 0), "{report:?}");
+    }
 }
 
 #[test]

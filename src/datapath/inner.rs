@@ -2,11 +2,13 @@
 //!
 //! Deliberately absent: names that mean something. The kernel only compares shapes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::OnceLock;
+use std::sync::Mutex;
 
 use super::sys;
+use crate::sync::lock;
 
 /// Numbers of the types in [`types`].
 const KEY: u32 = 1;
@@ -18,8 +20,9 @@ const VALUE: u32 = 3;
 /// another only if both have types, or neither has (`bpf_map_meta_equal` compares what it looked for in them). Where it
 /// takes no types, the outer map has none either.
 pub(crate) fn create(name: &str, value: u32) -> io::Result<OwnedFd> {
-    static TYPES: OnceLock<Option<OwnedFd>> = OnceLock::new();
-    let types = TYPES.get_or_init(|| sys::load_types(&types(value)).ok());
+    static TYPES: Mutex<BTreeMap<u32, Option<OwnedFd>>> = Mutex::new(BTreeMap::new());
+    let mut known = lock(&TYPES);
+    let types = known.entry(value).or_insert_with(|| sys::load_types(&types(value)).ok());
     sys::create_array(name, value, types.as_ref().map(|types| (types.as_fd(), [KEY, VALUE])))
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FlowCount, FlowKey, FlowValue, FrontendKey,
-    FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MaglevTable, PeerKey, PeerValue, Settings, SocketKey,
-    SocketValue, SourceRangeKey, Timeouts, drop_slot,
+    FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZES, PeerKey, PeerValue, Settings, SocketKey, SocketValue,
+    SourceRangeKey, Timeouts, drop_slot, maglev_size, maglev_words,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -17,9 +17,6 @@ use super::{
     ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
     from_bytes, hint, sys, table_name, table_of,
 };
-
-/// Bytes of a Maglev table as the kernel stores it.
-const MAGLEV_BYTES: usize = size_of::<MaglevTable>();
 
 /// The maps in the kernel. Clones of its file descriptors stay valid whatever becomes of programs and pins.
 #[derive(Debug)]
@@ -109,11 +106,11 @@ impl KernelMaps {
 
     /// The bytes of the Maglev table that is the map of this id.
     fn inner(&self, id: u32) -> Result<Option<Vec<u8>>, MapError> {
-        let mut bytes = vec![0; MAGLEV_BYTES];
         // Replaced since it was listed: the new one is in the next reading.
         let Ok(fd) = sys::map_by_id(id) else { return Ok(None) };
-        let fits = sys::map_info(fd.as_fd()).is_ok_and(|info| info.value as usize == MAGLEV_BYTES);
-        let read = fits && sys::lookup(fd.as_fd(), &[0; 4], &mut bytes).map_err(self.failed("maglev", "read"))?;
+        let Ok(info) = sys::map_info(fd.as_fd()) else { return Ok(None) };
+        let mut bytes = vec![0; info.value as usize];
+        let read = sys::lookup(fd.as_fd(), &[0; 4], &mut bytes).map_err(self.failed("maglev", "read"))?;
         Ok(read.then_some(bytes))
     }
 
@@ -123,10 +120,11 @@ impl KernelMaps {
         let outer = self.table("maglev");
         if let Some(id) = outer.get(base)?.and_then(|id| from_bytes::<u32>(&id))
             && let Ok(inner) = sys::map_by_id(id)
+            && sys::map_info(inner.as_fd()).is_ok_and(|info| info.value as usize == table.len())
         {
             return sys::update(inner.as_fd(), &[0; 4], table);
         }
-        let inner = super::inner::create("MAGLEV.inner", MAGLEV_BYTES as u32)?;
+        let inner = super::inner::create("MAGLEV.inner", table.len() as u32)?;
         sys::update(inner.as_fd(), &[0; 4], table)?;
         outer.put(base, &inner.as_raw_fd().to_ne_bytes())
     }
@@ -172,18 +170,20 @@ impl KernelMaps {
 
 /// A table as the kernel stores it: padded with zeros.
 pub(crate) fn maglev_bytes(ids: &[BackendId]) -> io::Result<Vec<u8>> {
-    if ids.len() != MAGLEV_TABLE_SIZE as usize {
-        let text = format!("a table has {MAGLEV_TABLE_SIZE} entries, not {}", ids.len());
+    if !MAGLEV_TABLE_SIZES.iter().any(|size| *size as usize == ids.len()) {
+        let text = format!("a table has one of {MAGLEV_TABLE_SIZES:?} entries, not {}", ids.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     let mut bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
-    bytes.resize(MAGLEV_BYTES, 0);
+    bytes.resize(maglev_words(ids.len() as u32) as usize * 4, 0);
     Ok(bytes)
 }
 
 /// The ids of a stored table.
 pub(crate) fn maglev_ids(bytes: &[u8]) -> Arc<[BackendId]> {
-    bytes.as_chunks().0.iter().map(|id| BackendId::from_ne_bytes(*id)).take(MAGLEV_TABLE_SIZE as usize).collect()
+    let ids = bytes.as_chunks().0;
+    let size = maglev_size(ids.len()).unwrap_or(0) as usize;
+    ids.iter().map(|id| BackendId::from_ne_bytes(*id)).take(size).collect()
 }
 
 /// Elements of the ranges trie as the planner writes them.
@@ -420,7 +420,7 @@ impl MapStore for KernelMaps {
     fn raw_put(&self, table: &str, key: &[u8], value: &[u8]) -> Result<(), TableError> {
         let name = table_name(table)?;
         let result = if name == "maglev" {
-            let fits = value.len() == MAGLEV_BYTES;
+            let fits = maglev_size(value.len() / 4).is_some();
             if fits { self.put_maglev(key, value) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
         } else {
             self.table(name).put(key, value)

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
+use kinesin_abi::{MAGLEV_TABLE_SIZE, maglev_words};
 use kinesin_core::sizing::Sizes;
 
 use super::attach::{self, HookStatus, Place, chain};
@@ -17,6 +18,7 @@ use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
 use super::moving::{Moving, has_connections};
 use super::pin::{self, Migration, Pinned, Shape};
+use super::resize::with_maglev_size;
 use super::{MapStore, TABLES, sys};
 
 /// The compiled programs.
@@ -132,12 +134,20 @@ pub struct LoadOptions {
     pub attach: AttachMode,
     /// Serve IPv6 on devices (`enable-ipv6`).
     pub ipv6: bool,
+    /// Entries of a Maglev table (`bpf-lb-maglev-table-size`), one of [`kinesin_abi::MAGLEV_TABLE_SIZES`].
+    pub maglev_size: u32,
 }
 
 impl LoadOptions {
     /// Defaults below a root.
     pub fn new(bpf_root: impl Into<PathBuf>) -> Self {
-        Self { bpf_root: bpf_root.into(), max_entries: MapSizes::default(), attach: AttachMode::default(), ipv6: false }
+        Self {
+            bpf_root: bpf_root.into(),
+            max_entries: MapSizes::default(),
+            attach: AttachMode::default(),
+            ipv6: false,
+            maglev_size: MAGLEV_TABLE_SIZE,
+        }
     }
 }
 
@@ -162,6 +172,8 @@ pub enum LoadError {
 
 /// The programs' constant for the cookie of the node's network namespace.
 const NODE_NETNS: &str = "NODE_NETNS";
+/// That for the entries of a Maglev table.
+const MAGLEV_SIZE: &str = "MAGLEV_SIZE";
 
 /// The loaded programs. Dropping it leaves maps and hooks in the kernel, where they go on.
 pub struct Datapath {
@@ -203,7 +215,8 @@ impl Datapath {
         }
         raise_memlock();
 
-        let shapes = shapes(object, &options.max_entries)?;
+        let object = &*with_maglev_size(object, options.maglev_size).map_err(LoadError::Object)?;
+        let shapes = shapes(object, options)?;
         let mut loader = EbpfLoader::new();
         let mut replaced = Vec::new();
         for (table, name, shape) in &shapes {
@@ -222,6 +235,7 @@ impl Datapath {
         }
         let cookie = sys::own_netns_cookie().unwrap_or(0);
         loader.override_global(NODE_NETNS, &cookie, false);
+        loader.override_global(MAGLEV_SIZE, &options.maglev_size, false);
         let ebpf = loader.load(object).map_err(|error| LoadError::Object(chain(&error)))?;
 
         let cpus = aya::util::nr_cpus().map_or(1, |n| n.get() as usize);
@@ -324,7 +338,7 @@ impl Datapath {
 }
 
 /// Tables, map names and shapes that the object expects, in the order of [`TABLES`].
-fn shapes(object: &[u8], sizes: &MapSizes) -> Result<Vec<(&'static str, &'static str, Shape)>, LoadError> {
+fn shapes(object: &[u8], options: &LoadOptions) -> Result<Vec<(&'static str, &'static str, Shape)>, LoadError> {
     let object = aya_obj::Object::parse(object).map_err(|error| LoadError::Object(chain(&error)))?;
     TABLES
         .into_iter()
@@ -336,9 +350,9 @@ fn shapes(object: &[u8], sizes: &MapSizes) -> Result<Vec<(&'static str, &'static
                 kind: map.map_type(),
                 key: map.key_size(),
                 value: if outer { 4 } else { map.value_size() },
-                entries: sizes.of(table).unwrap_or(map.max_entries()),
+                entries: options.max_entries.of(table).unwrap_or(map.max_entries()),
                 flags: map.map_flags(),
-                inner: outer.then_some(pin::INNER_VALUE),
+                inner: outer.then_some(maglev_words(options.maglev_size) * 4),
             };
             Ok((table, name, shape))
         })

@@ -19,6 +19,7 @@ mod meaning;
 mod memory;
 mod moving;
 mod pin;
+mod resize;
 mod sys;
 
 use std::io;

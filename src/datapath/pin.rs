@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use kinesin_abi::{ABI_VERSION, MaglevTable};
+use kinesin_abi::ABI_VERSION;
 use nix::mount::MsFlags;
 use serde::Serialize;
 
@@ -176,7 +176,7 @@ pub(crate) fn copy(from: &OwnedFd, to: &OwnedFd, cpus: usize, maps: bool) -> io:
         return Ok((0, count));
     }
     if maps {
-        return Ok(copy_inner(&keys, &values, &to, count));
+        return Ok((copy_inner(&keys, &values, &to), 0));
     }
     let mut kept = 0;
     for (key, value) in keys.chunks(to.key * 1024).zip(values.chunks(to.value * 1024)) {
@@ -201,18 +201,14 @@ pub(crate) fn copy_settings(from: &OwnedFd, to: &OwnedFd) -> io::Result<(usize, 
     Ok((1, 0))
 }
 
-/// Inner maps move by reference: the tables themselves are shared.
-fn copy_inner(keys: &[u8], ids: &[u8], to: &Table, count: usize) -> (usize, usize) {
-    let kept = keys
-        .chunks_exact(to.key)
+/// Inner maps move by reference: the tables themselves are shared. None is lost where its size is another one: that is
+/// computed anew from its service.
+fn copy_inner(keys: &[u8], ids: &[u8], to: &Table) -> usize {
+    keys.chunks_exact(to.key)
         .zip(ids.as_chunks().0)
         .filter(|(key, id)| {
             let inner = sys::map_by_id(u32::from_ne_bytes(**id));
             inner.is_ok_and(|inner| to.put(key, &inner.as_raw_fd().to_ne_bytes()).is_ok())
         })
-        .count();
-    (kept, count - kept)
+        .count()
 }
-
-/// Value size of the inner maps that the programs expect.
-pub(crate) const INNER_VALUE: u32 = size_of::<MaglevTable>() as u32;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use kinesin::datapath::MapStore;
 use kinesin_abi::{
     AFFINITY_NETNS, AffinityKey, AffinityValue, Backend, FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SetRef,
-    frontend_flags, maglev_index, proto,
+    frontend_flags, maglev_hash, maglev_index, proto,
 };
 use kinesin_core::plan::Op;
 
@@ -253,7 +253,8 @@ fn maglev_with_affinity_leaves_the_source_port_out() {
             let client = Ipv4Addr::new(192, 168, 1, last);
             let seed = rig.maps.settings().unwrap().maglev_seed;
             let port = kinesin_abi::Be16::new;
-            let index = maglev_index(&client.into(), port(0), port(PORT), proto::TCP, seed);
+            let index =
+                maglev_index(maglev_hash(&client.into(), port(0), port(PORT), proto::TCP, seed), MAGLEV_TABLE_SIZE);
             for source in 20_000..20_005 {
                 assert_eq!(connect(&mut rig, client, source), pod(index % 8));
                 // As if this node had never seen the client: the table leads it to the same backend.

@@ -4,8 +4,8 @@ use std::net::Ipv6Addr;
 
 use kinesin::datapath::MapStore;
 use kinesin_abi::{
-    Be16, Direction, DropReason, FrontendKind, SOURCE_RANGE_BITS, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
-    frontend_flags, maglev_index, proto,
+    Be16, Direction, DropReason, FrontendKind, MAGLEV_TABLE_SIZE, SOURCE_RANGE_BITS, SOURCE_RANGE_IPV6, SourceRange,
+    SourceRangeKey, frontend_flags, maglev_hash, maglev_index, proto,
 };
 use kinesin_core::plan::Op;
 
@@ -111,7 +111,8 @@ fn maglev_affinity_and_source_ranges_work_as_for_ipv4() {
         for port in 30_000..30_100 {
             let (_, out) = rig.ingress6(&tcp6((CLIENT6, port), (VIP6, TO_MAGLEV), SYN));
             let (sport, dport) = (Be16::new(port), Be16::new(TO_MAGLEV));
-            let index = maglev_index(&CLIENT6.into(), sport, dport, proto::TCP, settings().maglev_seed);
+            let hash = maglev_hash(&CLIENT6.into(), sport, dport, proto::TCP, settings().maglev_seed);
+            let index = maglev_index(hash, MAGLEV_TABLE_SIZE);
             let expected = if index.is_multiple_of(2) { LOCAL_POD6 } else { REMOTE_POD6 };
             assert_eq!(ends6(&out).1, (expected, 8080));
         }

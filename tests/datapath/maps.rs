@@ -100,8 +100,15 @@ fn a_full_table_says_which_step_which_table_and_which_key_to_raise() {
 fn a_maglev_table_of_the_wrong_length_is_refused() {
     isolated(|| {
         let root = BpfRoot::new();
-        let error = loaded(&root).maps().apply(&[Op::PutMaglev(1, Arc::from([1, 2, 3]))]).unwrap_err();
-        assert!(error.to_string().contains("16381 entries, not 3"), "{error}");
+        let store = loaded(&root).maps();
+        let error = store.apply(&[Op::PutMaglev(1, Arc::from([1, 2, 3]))]).unwrap_err();
+        assert!(error.to_string().contains("entries, not 3"), "{error}");
+        // Right for other programs; also where there is one already.
+        let put = |size: u32| store.apply(&[Op::PutMaglev(1, (0..size).collect())]);
+        put(251).unwrap_err();
+        put(MAGLEV_TABLE_SIZE).unwrap();
+        put(251).unwrap_err();
+        assert_eq!(store.read().unwrap().maglev[0].1.len(), MAGLEV_TABLE_SIZE as usize);
     });
 }
 

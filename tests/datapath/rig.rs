@@ -285,6 +285,13 @@ impl Rig {
         rig
     }
 
+    /// The next agent's programs, with Maglev tables of another size.
+    pub(crate) fn reload(&mut self, maglev_size: u32) {
+        let options = LoadOptions { maglev_size, ..options(self.root()) };
+        self.datapath = Datapath::load(&options).expect("the maps are made");
+        self.maps = self.datapath.kernel_maps();
+    }
+
     /// Where its maps and links are pinned.
     pub(crate) fn root(&self) -> &Path {
         self.root.path()

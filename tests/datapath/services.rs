@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use kinesin::datapath::MapStore;
-use kinesin_abi::{Direction, FrontendKind, MAGLEV_TABLE_SIZE, frontend_flags, maglev_index, proto};
+use kinesin_abi::{Direction, FrontendKind, MAGLEV_TABLE_SIZE, frontend_flags, maglev_hash, maglev_index, proto};
 use kinesin_core::plan::Op;
 
 use crate::packets::{IP, L4, SYN, ends, packet, seal, seal_ip, tcp, ttl, udp};
@@ -95,6 +96,12 @@ fn connections_spread_over_the_backends_at_random() {
     });
 }
 
+/// Where in a table of so many entries the client's connection from a port is.
+fn index(port: u16, size: u32) -> u32 {
+    let [sport, dport] = [port, TO_MAGLEV].map(kinesin_abi::Be16::new);
+    maglev_index(maglev_hash(&CLIENT.into(), sport, dport, proto::TCP, settings().maglev_seed), size)
+}
+
 #[test]
 fn maglev_chooses_by_the_table_and_leaves_the_destination_address_out() {
     isolated(|| {
@@ -103,19 +110,47 @@ fn maglev_chooses_by_the_table_and_leaves_the_destination_address_out() {
         let maglev = value(FrontendKind::LoadBalancer, frontend_flags::ROUTABLE | frontend_flags::MAGLEV, LOCAL_ID, 2);
         rig.maps.apply(&[Op::PutFrontend(frontend(second_vip, TO_MAGLEV, proto::TCP), maglev)]).unwrap();
         for port in 30_000..30_200 {
-            let index = maglev_index(
-                &CLIENT.into(),
-                kinesin_abi::Be16::new(port),
-                kinesin_abi::Be16::new(TO_MAGLEV),
-                proto::TCP,
-                settings().maglev_seed,
-            );
-            assert!(index < MAGLEV_TABLE_SIZE);
+            let index = index(port, MAGLEV_TABLE_SIZE);
             let expected = if index.is_multiple_of(2) { LOCAL_POD } else { REMOTE_POD };
             for vip in [VIP, second_vip] {
                 let (_, out) = rig.ingress(&tcp((CLIENT, port), (vip, TO_MAGLEV), SYN));
                 assert_eq!(ends(&out).1, (expected, 8080));
             }
+        }
+    });
+}
+
+#[test]
+fn maglev_tables_have_the_size_that_is_asked_for_also_where_another_one_was() {
+    isolated(|| {
+        let mut rig = Rig::new();
+        let mut ports = 30_000..;
+        for size in [251, 131_071, 65_521, MAGLEV_TABLE_SIZE, 2039] {
+            rig.reload(size);
+            assert!(
+                rig.datapath.hooks().iter().all(|hook| hook.error.is_none()),
+                "{size}: {:#?}",
+                rig.datapath.hooks()
+            );
+            let lost: usize = rig.datapath.migrations().iter().map(|table| table.lost).sum();
+            assert_eq!(
+                (rig.maps.read().unwrap().maglev, lost),
+                (Vec::new(), 0),
+                "tables of another size are made anew"
+            );
+            // Until then any backend serves.
+            let (_, out) = rig.ingress(&tcp((CLIENT, ports.next().unwrap()), (VIP, TO_MAGLEV), SYN));
+            assert!([LOCAL_POD, REMOTE_POD].contains(&ends(&out).1.0));
+            let table: Arc<[u32]> = (0..size).map(|i| LOCAL_ID + i % 2).collect();
+            rig.maps.apply(&[Op::PutMaglev(LOCAL_ID, table.clone())]).unwrap();
+            assert!(rig.maps.read().unwrap().maglev == [(LOCAL_ID, table)], "{size}");
+            for port in ports.by_ref().take(100) {
+                let expected = if index(port, size).is_multiple_of(2) { LOCAL_POD } else { REMOTE_POD };
+                let (_, out) = rig.ingress(&tcp((CLIENT, port), (VIP, TO_MAGLEV), SYN));
+                assert_eq!(ends(&out).1, (expected, 8080), "{size}");
+            }
+            let error = rig.maps.apply(&[Op::PutMaglev(LOCAL_ID, vec![1; 100].into())]).unwrap_err();
+            assert!(error.to_string().contains("entries, not 100"), "{error}");
         }
     });
 }

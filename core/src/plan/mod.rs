@@ -33,7 +33,7 @@ pub enum Op {
     Backend(BackendId, Backend),
     /// Write a slot; [`kinesin_abi::SLOT_EMPTY`] empties it.
     Slot(u32, BackendId),
-    /// Write a Maglev table of [`kinesin_abi::MAGLEV_TABLE_SIZE`] backend ids, keyed by the base of its set.
+    /// Write a Maglev table of [`kinesin_abi::MAGLEV_TABLE_SIZES`] backend ids, keyed by the base of its set.
     PutMaglev(u32, Arc<[BackendId]>),
     /// Write a frontend.
     PutFrontend(FrontendKey, FrontendValue),

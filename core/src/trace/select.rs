@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    AffinityKey, Backend, BackendId, Be16, FrontendValue, MAGLEV_TABLE_SIZE, SEARCHED_MEMBERS, SELECTION_TRIES,
-    SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, affinity_binds,
-    frontend_flags, maglev_index,
+    AffinityKey, Backend, BackendId, Be16, FrontendValue, SEARCHED_MEMBERS, SELECTION_TRIES, SOURCE_RANGE_BITS,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, SourceRange, SourceRangeKey, affinity_binds, frontend_flags,
+    maglev_hash, maglev_index,
 };
 
 use super::{Bond, Member, Method, Step, Tracer, Verdict, View, Way, text};
@@ -122,16 +122,18 @@ impl<V: View> Tracer<'_, V> {
         let packet = self.packet;
         let sport = if frontend.flags & frontend_flags::AFFINITY != 0 { 0 } else { packet.sport };
         let (sport, dport) = (Be16::new(sport), Be16::new(packet.dport));
-        let index = maglev_index(&packet.src(), sport, dport, packet.proto, seed);
+        let hash = maglev_hash(&packet.src(), sport, dport, packet.proto, seed);
         let missing = |why: String| Step::Selection { method: Method::MaglevMissing { why }, of: set.count };
         let Some(table) = self.view.maglev(set.base)? else {
             self.say(missing("there is no table yet".into()));
             return self.spread(set);
         };
+        let size = table.len() as u32;
+        let index = maglev_index(hash, size);
         let id = table.get(index as usize).copied().unwrap_or_default();
         match self.view.backend(id)? {
             Some(backend) => {
-                let method = Method::Maglev { index, size: MAGLEV_TABLE_SIZE, seed };
+                let method = Method::Maglev { index, size, seed };
                 self.say(Step::Selection { method, of: set.count });
                 Ok(vec![(1.0, id, backend)])
             }

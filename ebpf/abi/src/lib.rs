@@ -26,7 +26,7 @@ pub use flow::{
     FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
     TCP_SEEN_RST, Timeouts, tcp_closed, tcp_established,
 };
-pub use hash::maglev_index;
+pub use hash::{maglev_hash, maglev_index};
 pub use peer::{PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 pub use range::{
     SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
@@ -36,9 +36,9 @@ pub use service::{
     SEARCHED_MEMBERS, SELECTION_TRIES, SLOT_EMPTY, SetRef, frontend_flags,
 };
 pub use settings::{
-    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_WORDS, MaglevTable,
+    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_SIZES, MaglevTable,
     SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
-    SETTING_REJECT_NO_BACKEND, Settings,
+    SETTING_REJECT_NO_BACKEND, Settings, maglev_size, maglev_words,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.

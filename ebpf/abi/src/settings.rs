@@ -2,18 +2,31 @@
 
 use crate::{Addr, Timeouts};
 
-/// Number of entries of a Maglev table (prime; the default of `bpf-lb-maglev-table-size`).
+/// Numbers of entries that Maglev tables may have (`bpf-lb-maglev-table-size`): primes, each right below a power of two.
+pub const MAGLEV_TABLE_SIZES: [u32; 10] =
+    [251, 509, 1021, 2039, 4093, 8191, MAGLEV_TABLE_SIZE, 32_749, 65_521, 131_071];
+
+/// The default of them.
 pub const MAGLEV_TABLE_SIZE: u32 = 16_381;
 
-/// Words of a stored table: the verifier bounds an index only to the next multiple, so the table is padded with zeros.
-pub const MAGLEV_TABLE_WORDS: usize = 16_384;
+/// Words of a stored table of so many entries: the verifier bounds an index only to the next multiple, so it is padded with
+/// zeros.
+pub const fn maglev_words(size: u32) -> u32 {
+    size.next_power_of_two()
+}
 
-/// The single element of a Maglev table's map: backend ids. One element, so that one system call replaces the table.
+/// Entries of a stored table of so many words; none for what is no table's.
+pub fn maglev_size(words: usize) -> Option<u32> {
+    MAGLEV_TABLE_SIZES.into_iter().find(|size| maglev_words(*size) as usize == words)
+}
+
+/// The single element of a Maglev table's map, as the programs are compiled: backend ids. One element, so that one system
+/// call replaces the table. For another size the agent changes the type when it loads them.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct MaglevTable {
     /// [`MAGLEV_TABLE_SIZE`] backend ids, then zeros.
-    pub ids: [crate::BackendId; MAGLEV_TABLE_WORDS],
+    pub ids: [crate::BackendId; maglev_words(MAGLEV_TABLE_SIZE) as usize],
 }
 
 /// The only element of the settings array; written by the agent while the programs run. Fields are only ever added at the

@@ -3,9 +3,9 @@
 use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, PeerKey, PeerValue, SELECTION_TRIES, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY,
-    SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot, frontend_flags, maglev_index,
-    proto,
+    FrontendValue, L2Key, MAGLEV_TABLE_SIZE, PeerKey, PeerValue, SELECTION_TRIES, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot,
+    frontend_flags, maglev_hash, maglev_index, proto,
 };
 
 use crate::family::Family;
@@ -106,6 +106,10 @@ pub fn select_random(set: SetRef) -> Option<Chosen> {
     None
 }
 
+/// Entries of the Maglev tables (`bpf-lb-maglev-table-size`), set when the programs are loaded.
+#[unsafe(no_mangle)]
+static MAGLEV_SIZE: u32 = MAGLEV_TABLE_SIZE;
+
 /// Chooses from a set for a packet, by Maglev where the service says so and its table is there.
 #[inline(always)]
 pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
@@ -117,7 +121,10 @@ pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
             // With affinity all connections of a client go to one backend, also through a node that does not know the
             // client yet.
             let sport = if frontend.flags & frontend_flags::AFFINITY != 0 { Be16::new(0) } else { flow.sport };
-            let index = maglev_index(&flow.src, sport, flow.dport, flow.proto, seed);
+            let hash = maglev_hash(&flow.src, sport, flow.dport, flow.proto, seed);
+            // SAFETY: a constant of the loaded program; volatile, as the compiler knows only the one it was built with.
+            let size = unsafe { (&raw const MAGLEV_SIZE).read_volatile() };
+            let index = maglev_index(hash, size);
             // SAFETY: the index is below the table's size, and the padding lets the verifier see it.
             let id = unsafe { *table.ids.as_ptr().add(index as usize) };
             if let Some(backend) = backend(id) {
