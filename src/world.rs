@@ -5,6 +5,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kinesin_core::devices::{Device, Families, families};
 use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
 use kinesin_core::peers::Peer;
 use kinesin_core::services::{Compiled, HealthCheck, NodeContext, ServiceKey};
@@ -112,6 +113,18 @@ impl World {
             reasons.push("the first complete sync is not in the maps yet".into());
         }
         reasons
+    }
+
+    /// The selected devices, with the IP versions in which this node can answer for addresses there: those that are switched
+    /// on, that the device has a network of, and whose program the kernel has not refused. None before devices are known.
+    pub fn announcers(&self) -> Option<Vec<(Device, Families)>> {
+        let (devices, maps) = (self.devices.get()?, self.maps.get());
+        let on = self.config().families;
+        let can = |device: &Device| {
+            let programs = maps.as_ref().map_or(Families::BOTH, |maps| maps.answers(&device.name));
+            on.and(families(device, &devices.all)).and(programs)
+        };
+        Some(devices.selected().map(|device| (device.clone(), can(device))).collect())
     }
 
     /// The configuration in force.

@@ -29,6 +29,8 @@ mod hooks;
 mod icmp;
 #[path = "datapath/ipv6.rs"]
 mod ipv6;
+#[path = "datapath/local.rs"]
+mod local;
 #[path = "datapath/maps.rs"]
 mod maps;
 #[path = "datapath/ndp.rs"]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use kinesin::lab::programs::ClientOptions;
 use kinesin::lab::{AgentHandle, AgentOptions, HTTP_PORT, Lab, get_from};
 use kinesin::net::Netns;
+use kinesin_core::ownership::weight;
 use serde_json::Value;
 
 /// Longer than anything takes on a busy machine.
@@ -271,4 +272,62 @@ async fn an_ipv6_address_moves_with_its_owner_and_neighbours_hear_of_it() {
         answer.is_ok_and(|answer| answer.backend.is_some_and(|backend| backend.pod == pod.name()))
     })
     .await;
+}
+
+/// Which node answers for each of these addresses, by its number.
+async fn owners(agents: &[AgentHandle], addresses: &[IpAddr]) -> Vec<Option<usize>> {
+    let mut owners = Vec::new();
+    for address in addresses {
+        owners.push(owner(agents, *address).await);
+    }
+    owners
+}
+
+#[tokio::test]
+async fn addresses_of_ipv6_go_to_nodes_that_have_ipv6() {
+    let builder = Lab::builder("families").binary(env!("CARGO_BIN_EXE_kinesin"));
+    let lab = builder.nodes(2).pods_per_node(1).build().await.unwrap();
+    add_ipv6(&lab);
+    // A node of a network of IPv4 only, as most are: what IPv6 it has is link-local.
+    let address_of = |number: u16| format!("{}/64 dev eth0", node6(number));
+    ip(lab.node(2).netns(), &[format!("addr del {}", address_of(2))]);
+    let addresses: Vec<IpAddr> =
+        (0..8u16).map(|n| Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x200 + n).into()).collect();
+    let by_weight = |address: &&IpAddr| weight(**address, "node-2") > weight(**address, "node-1");
+    assert!(addresses.iter().any(|address| by_weight(&address)), "asked by weight alone, node-2 would have some");
+    let list: Vec<_> = addresses.iter().map(|address| format!("'{address}'")).collect();
+    let text = manifests(&lab)
+        .replace("  ipFamilyPolicy:", &format!("  externalIPs: [{}]\n  ipFamilyPolicy:", list.join(",")));
+    std::fs::write(lab.manifests_dir().join("all.yaml"), text).unwrap();
+    let options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true").config("bpf-lb-mode", "snat");
+    let agents: Vec<_> = lab.nodes().iter().map(|node| node.start_agent(&options).unwrap()).collect();
+    for pod in lab.pods() {
+        pod.serve().await.unwrap();
+    }
+    for agent in &agents {
+        agent.wait_ready(LIMIT).await.unwrap();
+    }
+    let all_at = |number: usize| vec![Some(number); addresses.len()];
+    eventually("node-1 has all of them", &agents, async || owners(&agents, &addresses).await == all_at(1)).await;
+    for address in &addresses {
+        let asked = url(*address, 80);
+        eventually(&format!("{address} serves"), &agents, async || lab.client().get(&asked).await.is_ok()).await;
+    }
+    eventually("IPv4 has an owner", &agents, async || owner(&agents, VIP.into()).await.is_some()).await;
+
+    // It goes the other way round when the network does.
+    ip(lab.node(2).netns(), &[format!("addr add {} nodad", address_of(2))]);
+    ip(lab.node(1).netns(), &[format!("addr del {}", address_of(1))]);
+    eventually("node-2 has all of them", &agents, async || owners(&agents, &addresses).await == all_at(2)).await;
+    let pod = lab.pod(2, 1);
+    eventually("and serves", &agents, async || {
+        let answer = lab.client().get(&url(addresses[0], 80)).await;
+        answer.is_ok_and(|answer| answer.backend.is_some_and(|backend| backend.pod == pod.name()))
+    })
+    .await;
+
+    // Where the agent does not serve IPv6, it is asked for nothing of it.
+    ip(lab.node(1).netns(), &[format!("addr add {} nodad", address_of(1))]);
+    lab.node(2).set_config("enable-ipv6", "false").unwrap();
+    eventually("node-1 has all of them again", &agents, async || owners(&agents, &addresses).await == all_at(1)).await;
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kinesin::datapath::MapStore;
 use kinesin::table::Table;
 use kinesin_core::objects::{EndpointSlice, Object, Service};
-use kinesin_core::plan::{Limits, Op, Planner, in_phases};
+use kinesin_core::plan::{Limits, Op, Planner};
 use kinesin_core::services::{Compiled, NodeContext, ServiceKey, SliceIndex, compile};
 
 use crate::report::{heading, line, median, ms, spread};
@@ -130,7 +130,7 @@ fn first_load(services: usize, endpoints: usize) {
         let plans = compiled.iter().map(|(key, compiled)| planner.update(key, compiled).expect("it fits")).collect();
         planning.push(begun.elapsed());
         let begun = Instant::now();
-        ops = in_phases(plans);
+        ops = planner.in_phases(plans);
         ordering.push(begun.elapsed());
     }
     let name = format!("{services} × {endpoints}");

@@ -1,8 +1,8 @@
-//! Removes connections that have expired, and says when their tables are too small.
+//! Removes connections that have expired, and says when their tables are too small or source ports run out.
 //!
 //! owns: the removal of entries from the tables of connections
 //! hears: a (re)loaded data path, changes of the configuration, the clock
-//! says: the connections level; what the tables had no room for
+//! says: the connections level; what the tables had no room for, and towards which backend source ports run out
 //! restart story: begins with a short pause before its first pass, as after a start; the tables themselves are the state
 //!
 //! Deliberately absent: ending what is in use. Flows to backends that are gone end in the programs, with their next packet.
@@ -10,8 +10,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kinesin_abi::FlowCount;
+use kinesin_abi::{DropReason, FlowCount};
+use kinesin_core::flows::ports::{Ports, pressure, problems};
 use kinesin_core::flows::{Counts, Intervals, Pace};
+use kinesin_core::services::BackendRef;
 use metrics::{counter, gauge, histogram};
 
 use crate::actor::{Actor, Failure};
@@ -42,6 +44,11 @@ impl Label for FlowCollectorMsg {
 /// How often the programs' counts are looked at: a few system calls.
 const TICK: Duration = Duration::from_secs(10);
 
+/// While source ports run out, the tables are looked at as often as this.
+const SHORT_OF_PORTS: Duration = Duration::from_secs(30);
+/// The area of problems with them.
+const PORTS: &str = "source-ports";
+
 /// The actor.
 pub struct FlowCollector {
     world: World,
@@ -54,6 +61,8 @@ pub struct FlowCollector {
     passed: Instant,
     /// The counts at that time.
     counts: Counts,
+    /// New connections that had found no source port by then.
+    portless: u64,
     tick: Timer,
 }
 
@@ -70,6 +79,7 @@ impl Actor for FlowCollector {
             pace: Pace::default(),
             passed: Instant::now(),
             counts: Counts::default(),
+            portless: 0,
             tick: me.cast_after(TICK, FlowCollectorMsg::Tick),
             me,
             world,
@@ -83,13 +93,15 @@ impl Actor for FlowCollector {
             if first {
                 // What was before this instance is no reason for a pass.
                 self.counts = Counts(handle.store.flow_counts()?);
+                self.portless = portless(&*handle.store)?;
             }
         }
         let _ = self.config.changed();
         if let Some(store) = self.store.clone() {
             let now = Counts(store.flow_counts()?);
-            if self.is_due(&*store, &now) {
-                self.pass(store, &now).await?;
+            let portless = portless(&*store)?;
+            if self.is_due(&*store, &now, portless) {
+                self.pass(store, &now, portless).await?;
             }
         }
         // In place of the one that may be on its way: a shorter interval counts at once.
@@ -108,12 +120,15 @@ impl FlowCollector {
         self.interval().saturating_sub(self.passed.elapsed()).clamp(Duration::from_millis(100), TICK)
     }
 
-    fn is_due(&self, store: &dyn MapStore, now: &Counts) -> bool {
+    fn is_due(&self, store: &dyn MapStore, now: &Counts, portless: u64) -> bool {
         let since = self.passed.elapsed();
-        since >= self.interval() || Pace::is_urgent(since, &self.counts, now, store.flow_sizes())
+        // Who was told that ports run out is told soon that they do not any more.
+        let short = portless > self.portless && since >= Pace::MIN
+            || since >= SHORT_OF_PORTS && !self.world.problems.of(PORTS).is_empty();
+        short || since >= self.interval() || Pace::is_urgent(since, &self.counts, now, store.flow_sizes())
     }
 
-    async fn pass(&mut self, store: Arc<dyn MapStore>, before: &Counts) -> Result<(), Failure> {
+    async fn pass(&mut self, store: Arc<dyn MapStore>, before: &Counts, portless: u64) -> Result<(), Failure> {
         let begun = Instant::now();
         let timeouts = self.world.config().services.timeouts.to_abi();
         let (store, result) = tokio::task::spawn_blocking(move || {
@@ -137,7 +152,27 @@ impl FlowCollector {
         let (settled, transient) = (found.settled, found.transient);
         self.pace.passed(settled.kept() + transient.kept(), settled.removed() + transient.removed());
         tracing::debug!(?found, ?took, next = ?self.interval(), "looked for expired connections");
+        self.report_ports(&found.ports, portless);
         self.report(&*store, &found, before, took)
+    }
+
+    fn report_ports(&mut self, fullest: &[(Ports, u32)], portless: u64) {
+        let (first, last) = self.world.config().services.snat_ports();
+        let span = u32::from(last.saturating_sub(first)) + 1;
+        let refused = portless > self.portless;
+        self.portless = portless;
+        gauge!("kinesin_source_ports_used_ratio").set(pressure(fullest, span));
+        self.world.problems.set(PORTS, problems(fullest, span, refused, |ports| self.name(ports)));
+    }
+
+    /// Whose backend it is, and where. Looks at all Services; only asked when ports run out.
+    fn name(&self, ports: &Ports) -> Option<String> {
+        self.world.compiled.rows().into_iter().find_map(|(key, compiled)| {
+            let mut backends = compiled.sets.iter().flat_map(|set| set.backends.iter());
+            let is_it = |b: &&BackendRef| (b.addr, b.port, b.proto) == (ports.backend, ports.port, ports.proto);
+            let backend = backends.find(is_it)?;
+            Some(if backend.node.is_empty() { key.to_string() } else { format!("{key} on {}", backend.node) })
+        })
     }
 
     fn report(
@@ -192,4 +227,11 @@ impl FlowCollector {
         self.counts = now;
         Ok(())
     }
+}
+
+/// New connections that were refused for want of a source port, since the maps were made.
+fn portless(store: &dyn MapStore) -> Result<u64, Failure> {
+    let drops = store.drops()?;
+    let of = drops.iter().filter(|(reason, ..)| *reason == DropReason::NoNatMapping);
+    Ok(of.map(|(_, _, counter)| counter.packets).sum())
 }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kinesin_core::plan::{Limits, Op, Planner, in_phases};
+use kinesin_core::plan::{Limits, Op, Planner};
 use kinesin_core::services::{Compiled, ServiceKey};
 use metrics::{counter, gauge, histogram};
 
@@ -147,7 +147,7 @@ impl MapWriter {
         if first {
             plans.push(self.planner.prune());
         }
-        let written = self.apply(store, in_phases(plans), "sync").await;
+        let written = self.apply(store, self.planner.in_phases(plans), "sync").await;
         self.publish_refused();
         histogram!("kinesin_map_sync_seconds").record(begun.elapsed());
         // The first load says nothing about how quickly a change arrives.
@@ -211,7 +211,7 @@ impl MapWriter {
         self.apply(store, repairs, "repair").await;
         let mut plans = Vec::new();
         self.retry_refused(&mut plans);
-        self.apply(store, in_phases(plans), "retry").await;
+        self.apply(store, self.planner.in_phases(plans), "retry").await;
         self.publish_refused();
         for table in store.usage() {
             gauge!("kinesin_map_pressure", "map_name" => table.name).set(pressure(&table));

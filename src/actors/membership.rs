@@ -1,7 +1,8 @@
 //! Shows that this agent is there, and watches who else is.
 //!
 //! owns: this node's presence Lease, and the judgement of everybody's
-//! hears: changes of Leases, of this node's claims, devices and data path; results of its own writes; its alarms
+//! hears: changes of Leases, of this node's claims, devices, configuration and data path; results of its own writes; its
+//! alarms
 //! says: the members level
 //! restart story: reads its own record back, with the addresses that it answered for; the others do not notice
 //!
@@ -12,6 +13,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kinesin_core::devices::Families;
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
 use kinesin_core::presence::{ANNOTATION, Link, Record, Tracker, lease_name};
 use metrics::gauge;
@@ -21,6 +23,7 @@ use super::leader_elector::{in_time, timing};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::clock;
+use crate::config::Config;
 use crate::level::Follower;
 use crate::source::{Source, WriteError};
 use crate::table::Subscription;
@@ -59,8 +62,11 @@ pub struct Membership {
     devices: Follower<Devices>,
     /// What makes this node ready to take packets that others hand on to it.
     readiness: (Follower<MapsHandle>, Follower<bool>),
+    config: Follower<Config>,
     /// As last written.
     links: Vec<Link>,
+    /// As last written.
+    announcers: Vec<(SmolStr, Families)>,
     tracker: Tracker,
     /// The Leases that the tracker knows are all there are.
     settled: bool,
@@ -87,8 +93,10 @@ impl Actor for Membership {
             leases: world.leases.subscribe(wake.clone()),
             claims: world.claims.follow(wake.clone()),
             devices: world.devices.follow(wake.clone()),
-            readiness: (world.maps.follow(wake.clone()), world.programmed.follow(wake)),
+            readiness: (world.maps.follow(wake.clone()), world.programmed.follow(wake.clone())),
+            config: world.config.follow(wake),
             links: Vec::new(),
+            announcers: Vec::new(),
             tracker: Tracker::new(world.node.clone()),
             settled: false,
             instance: format!("{:08x}", rand::random::<u32>()).into(),
@@ -110,8 +118,11 @@ impl Actor for Membership {
             MembershipMsg::Wake => {
                 self.observe();
                 let said_anew = self.claims.changed().is_some() | self.devices.changed().is_some();
-                let ready_anew = self.readiness.0.changed().is_some() | self.readiness.1.changed().is_some();
-                if (said_anew || ready_anew && self.links() != self.links) && self.world.claims.get().is_some() {
+                let ready_anew = self.readiness.0.changed().is_some()
+                    | self.readiness.1.changed().is_some()
+                    | self.config.changed().is_some();
+                let differs = || self.links() != self.links || self.announcers() != self.announcers;
+                if (said_anew || ready_anew && differs()) && self.world.claims.get().is_some() {
                     self.write();
                 }
             }
@@ -188,21 +199,25 @@ impl Membership {
         devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect()
     }
 
+    /// Devices that can carry frames now, and in which IP versions this node answers there.
+    fn announcers(&self) -> Vec<(SmolStr, Families)> {
+        let all = self.world.announcers().unwrap_or_default().into_iter();
+        all.filter(|(device, _)| device.is_live()).map(|(device, can)| (device.name, can)).collect()
+    }
+
     fn lease(&mut self, claims: &[IpAddr]) -> Lease {
-        let devices = self.world.devices.get();
-        let live = devices.iter().flat_map(|devices| devices.selected()).filter(|device| device.is_live());
-        let live = live.map(|device| device.name.clone()).collect();
         self.links = self.links();
-        let record = Record {
+        self.announcers = self.announcers();
+        let mut record = Record {
             links: self.links.clone(),
             node: self.world.node.clone(),
             instance: self.instance.clone(),
             since: self.since.clone(),
-            devices: live,
             claims: claims.to_vec(),
             gone: self.tracker.gone(),
-            draining: false,
+            ..Record::default()
         };
+        record.set_announcers(self.announcers.iter().cloned());
         let name = SmolStr::from(lease_name(&self.world.node));
         let now = clock::micro_time();
         let seconds = timing(&self.world.config()).sanitised().0.lease_duration.as_secs_f64().ceil();

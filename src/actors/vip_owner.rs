@@ -1,7 +1,8 @@
 //! Decides which announced addresses this node answers for.
 //!
 //! owns: the ownership state machine
-//! hears: changes of services, policies, nodes, devices, members and of where backends are; its alarm; questions about views
+//! hears: changes of services, policies, nodes, devices, programs, members and of where backends are; its alarm; questions
+//! about views
 //! says: what to answer for and when to announce it (arp_responder), what it claims (membership), policies' conditions
 //! restart story: its claims are in this node's presence record and in the answered table; it decides anew from the tables
 //! and drops nothing before it has decided
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use kinesin_abi::{BackendState, FrontendKind};
+use kinesin_core::devices::{Device, Families};
 use kinesin_core::objects::{Condition, L2Policy, Node, ObjectKey, Service};
 use kinesin_core::ownership::{DeviceId, Effect, Input, Ownership, Placement, Vip};
 use kinesin_core::services::{Compiled, Frontend, ServiceKey};
@@ -25,7 +27,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::level::Follower;
 use crate::table::Subscription;
-use crate::world::{Devices, Leadership, LiveMembers, StatusKey, StatusOrder, StatusPatch, World};
+use crate::world::{Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch, World};
 
 /// What the owner hears.
 pub enum VipOwnerMsg {
@@ -56,6 +58,9 @@ pub struct VipOwner {
     nodes: Subscription<ObjectKey, Node>,
     compiled: Subscription<ServiceKey, Compiled>,
     devices: Follower<Devices>,
+    maps: Follower<MapsHandle>,
+    /// As last logged.
+    families: BTreeMap<SmolStr, Families>,
     members: Follower<LiveMembers>,
     leadership: Follower<Leadership>,
     config: Follower<Config>,
@@ -80,6 +85,8 @@ impl Actor for VipOwner {
             nodes: world.nodes.subscribe(wake.clone()),
             compiled: world.compiled.subscribe(wake.clone()),
             devices: world.devices.follow(wake.clone()),
+            maps: world.maps.follow(wake.clone()),
+            families: BTreeMap::new(),
             members: world.members.follow(wake.clone()),
             leadership: world.leadership.follow(wake.clone()),
             config: world.config.follow(wake),
@@ -114,7 +121,8 @@ impl VipOwner {
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
         let complete = self.is_everything_here();
         // Switched off means that no policy is in force.
-        if self.config.changed().is_some() {
+        let reconfigured = self.config.changed().is_some();
+        if reconfigured {
             self.policies.mark_all();
         }
         let enabled = self.world.config().l2.enabled;
@@ -131,8 +139,11 @@ impl VipOwner {
         for (key, service) in self.services.take() {
             self.step(service.map_or(Input::ServiceRemoved(key), Input::ServiceUpserted));
         }
-        if let Some(devices) = self.devices.changed() {
-            self.step(Input::Devices(devices.selected().cloned().collect()));
+        if (self.devices.changed().is_some() | self.maps.changed().is_some() | reconfigured)
+            && let Some(announcers) = self.world.announcers()
+        {
+            self.note_families(&announcers);
+            self.step(Input::Devices(announcers));
         }
         if let Some(live) = self.members.changed() {
             self.step(Input::Members(live.members.clone()));
@@ -147,6 +158,16 @@ impl VipOwner {
         if self.leadership.changed().is_some() {
             self.order_policy_status();
         }
+    }
+
+    /// One line for each device whose IP versions change.
+    fn note_families(&mut self, announcers: &[(Device, Families)]) {
+        let families: BTreeMap<_, _> = announcers.iter().map(|(device, can)| (device.name.clone(), *can)).collect();
+        for (device, can) in families.iter().filter(|(name, can)| self.families.get(*name) != Some(*can)) {
+            let Families { ipv4, ipv6 } = *can;
+            tracing::info!(%device, ipv4, ipv6, "can answer for addresses");
+        }
+        self.families = families;
     }
 
     fn is_everything_here(&self) -> bool {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
+pub use kinesin_core::devices::Families;
 use kinesin_core::services::{Dispatch, Forwarding};
 
 /// A setting with a closed set of spellings.
@@ -134,7 +135,7 @@ pub struct Config {
     pub paths: Paths,
     /// `devices`: names, `prefix+` wildcards and `!` exclusions in order, first match wins; empty selects automatically.
     pub devices: Vec<String>,
-    /// Address families.
+    /// Address families: `enable-ipv4` and `enable-ipv6`, at least one of which is on.
     pub families: Families,
     /// Service load balancing.
     pub services: Services,
@@ -168,15 +169,6 @@ pub struct Paths {
     pub bpf_root: PathBuf,
     /// `cgroup-root`; empty means the cgroup2 mount found in `/proc/mounts`.
     pub cgroup_root: PathBuf,
-}
-
-/// See [`Config::families`]. At least one is on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Families {
-    /// `enable-ipv4`
-    pub ipv4: bool,
-    /// `enable-ipv6`
-    pub ipv6: bool,
 }
 
 /// See [`Config::services`].

@@ -6,12 +6,13 @@
 use std::collections::HashMap;
 
 use kinesin_abi::{Backend, BackendId, FlowKey, FlowValue, Timeouts, proto};
+use kinesin_core::flows::ports::{PortCount, Ports};
 use kinesin_core::flows::{Found, Look, is_leaving, look};
 
 use super::MapError;
 
 /// What a pass found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Collected {
     /// In the table of established connections.
     pub settled: Found,
@@ -19,6 +20,8 @@ pub struct Collected {
     pub transient: Found,
     /// Entries of the latter that were no more than copies of expired ones of the former.
     pub copies: u64,
+    /// Where most source ports are in use.
+    pub ports: Vec<(Ports, u32)>,
 }
 
 /// The tables that a pass needs.
@@ -46,13 +49,14 @@ struct Pass<'a, T> {
     /// What has been asked about backends: `None` where one is gone.
     backends: HashMap<BackendId, Option<Backend>>,
     copies: u64,
+    ports: PortCount,
 }
 
 /// Removes what has expired at `now` (CLOCK_MONOTONIC, nanoseconds).
 pub(super) fn pass<T: Flows>(tables: &T, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {
-    let mut pass = Pass { tables, timeouts, now, backends: HashMap::new(), copies: 0 };
+    let mut pass = Pass { tables, timeouts, now, backends: HashMap::new(), copies: 0, ports: PortCount::default() };
     let (settled, transient) = (pass.table(SETTLED)?, pass.table(TRANSIENT)?);
-    Ok(Collected { settled, transient, copies: pass.copies })
+    Ok(Collected { settled, transient, copies: pass.copies, ports: pass.ports.fullest() })
 }
 
 impl<T: Flows> Pass<'_, T> {
@@ -61,6 +65,9 @@ impl<T: Flows> Pass<'_, T> {
         self.tables.scan(table, &mut |key, value| {
             let expired = self.expired(table, &key, &value)? && self.remove(table, &key)?;
             found.note(key.proto, expired);
+            if !expired {
+                self.ports.note(&key, &value);
+            }
             // Or a new connection would find what the old one left behind when it moved.
             if expired && table == SETTLED && self.tables.remove(TRANSIENT, &key)? {
                 self.copies += 1;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kinesin_core::devices::Device;
+use kinesin_core::devices::{Device, Families};
 use kinesin_core::objects::{Condition, ObjectKey};
 use kinesin_core::plan::Limits;
 use kinesin_core::presence::Members;
@@ -54,6 +54,16 @@ impl MapsHandle {
             self.hooks.iter().any(|hook| hook.place == place && hook.is_ok())
         };
         attached("ingress") && attached("egress")
+    }
+
+    /// The IP versions whose program that answers for addresses was not refused on a device.
+    pub fn answers(&self, device: &str) -> Families {
+        let place = format!("{device} ingress");
+        let refused = |v6: bool| {
+            let of = |hook: &&HookStatus| hook.place == place && hook.program.ends_with('6') == v6;
+            self.hooks.iter().filter(of).any(|hook| !hook.is_ok())
+        };
+        Families { ipv4: !refused(false), ipv6: !refused(true) }
     }
 }
 

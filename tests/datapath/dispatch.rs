@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use kinesin::datapath::MapStore;
 use kinesin_abi::{
     Addr, Backend, BackendState, DropReason, FLOW_HANDED_ON, FrontendKind, PEER_TAKES_NEW, PeerKey, PeerValue,
-    frontend_flags, mac_words, proto,
+    Timeouts, frontend_flags, mac_words, proto,
 };
 use kinesin_core::plan::Op;
 
@@ -15,12 +15,12 @@ use crate::packets::{ACK, End, FIN, IP, L4, RST, SYN, checksum, ends, ipv4, pack
 use crate::rig::*;
 
 const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 11);
-const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
-const TAG: u32 = 0xabcdef;
+pub(crate) const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
+pub(crate) const TAG: u32 = 0xabcdef;
 const MIXED: u16 = 90;
 const NODE_PORT: u16 = 30_080;
 
-fn peer(rig: &Rig, flags: u16) {
+pub(crate) fn peer(rig: &Rig, flags: u16) {
     let value = PeerValue {
         mac: mac_words(PEER_MAC),
         flags,
@@ -340,5 +340,30 @@ fn a_client_that_begins_again_from_the_same_port_is_given_a_backend_anew_once_it
         let last = tcp(client(40_002), to, ACK);
         assert_eq!(rig.ingress(&last).1, handed_on(&last), "an open connection may end in peace");
         assert_eq!(ends(&rig.ingress(&first).1).1.0, LOCAL_POD);
+    });
+}
+
+#[test]
+fn a_handed_on_connection_that_its_client_has_closed_is_kept_while_answers_are_acknowledged_and_not_for_hours() {
+    isolated(|| {
+        let mut rig = rig();
+        let to = (VIP, TO_REMOTE);
+        let collect = |rig: &Rig, later: u64| {
+            let found = rig.maps.collect_flows(&Timeouts::DEFAULT, now() + later * 1_000_000_000).unwrap();
+            found.settled.removed()
+        };
+        for (port, last, after) in [(40_000, ACK, 8_000), (40_001, FIN | ACK, 60), (40_002, RST, 10)] {
+            for flags in [SYN, ACK, last] {
+                let frame = tcp(client(port), to, flags);
+                assert_eq!(rig.ingress(&frame), (REDIRECT, handed_on(&frame)));
+            }
+            // The backend may send for as long as it likes; who gets that acknowledges it, and is still known.
+            assert_eq!(collect(&rig, after - 1), 0, "{port}");
+            peer(&rig, 0);
+            let frame = tcp(client(port), to, ACK);
+            assert_eq!(rig.ingress(&frame), (REDIRECT, handed_on(&frame)));
+            peer(&rig, PEER_TAKES_NEW);
+            assert_eq!(collect(&rig, after + 2), 1, "{port}");
+        }
     });
 }

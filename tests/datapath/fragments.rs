@@ -1,10 +1,12 @@
 //! Packets in fragments, of both families.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kinesin::datapath::MapStore;
-use kinesin_abi::{Direction, DropReason, Settings, proto};
+use kinesin_abi::{Backend, Direction, DropReason, FrontendKind, PEER_TAKES_NEW, Settings, frontend_flags, proto};
+use kinesin_core::plan::Op;
 
+use crate::dispatch;
 use crate::packets::{self, IP, SYN, checksum, seal_ip, tcp, udp};
 use crate::packets6::{self, FRAGMENT, addresses, datagram, framed, padding, sum, tcp6};
 use crate::rig::*;
@@ -234,5 +236,56 @@ fn a_refused_first_fragment_is_quoted_by_its_headers_and_later_ones_are_not_answ
         assert_eq!(rig.ingress6(&fragments[1]).0, SHOT);
         // The service's connections are not disturbed.
         assert_eq!(rig.ingress6(&tcp6((CLIENT6, 1), (VIP6, TO_LOCAL), SYN)).0, NEXT);
+    });
+}
+
+#[test]
+fn fragments_for_a_neighbours_pod_go_on_as_they_are_and_those_that_a_peer_hands_on_are_put_through_here() {
+    isolated(|| {
+        let mut rig = Rig::dual();
+        dispatch::peer(&rig, PEER_TAKES_NEW);
+        let flags = frontend_flags::ROUTABLE | frontend_flags::FORWARDING_L2;
+        let mut ops = Vec::new();
+        for (vip, pod, id) in [
+            (IpAddr::from(VIP), IpAddr::from(REMOTE_POD), 10 + REMOTE_ID),
+            (VIP6.into(), REMOTE_POD6.into(), SIX + 10 + REMOTE_ID),
+        ] {
+            let remote =
+                Backend { flags: Backend::flags_of(false, dispatch::TAG), ..backend(pod, 8080, proto::UDP, false) };
+            let value = value(FrontendKind::LoadBalancer, flags, id, 1);
+            ops.extend([Op::Backend(id, remote), Op::PutFrontend(frontend(vip, TO_REMOTE, proto::UDP), value)]);
+        }
+        rig.maps.apply(&ops).unwrap();
+        let four = |port| cut(&udp((CLIENT, 61_500), (VIP, port), &[0x5a; 3000]), 1480, 7);
+        let six = |port| cut6((CLIENT6, 61_500), (VIP6, port), 3000, 1400, 0xabcd);
+        for (program, fragments) in [("cil_from_netdev", four(TO_REMOTE)), ("cil_from_netdev6", six(TO_REMOTE))] {
+            rig.assert_dropped(&fragments[1], DropReason::FragmentNotFound);
+            for sent in fragments {
+                let (code, out) = rig.run(program, &sent);
+                assert_eq!((code, &out[..6], &out[6..12]), (REDIRECT, &dispatch::PEER_MAC[..], &NODE_MAC[..]));
+                let mut expected = sent.clone();
+                expected[..12].copy_from_slice(&out[..12]);
+                if program == "cil_from_netdev" {
+                    expected[IP + 8] -= 1;
+                    seal_ip(&mut expected);
+                } else {
+                    expected[IP + 7] -= 1;
+                }
+                assert_eq!(out, expected, "the same but for one hop");
+            }
+        }
+        // The other way round: this is the backend's node, and a peer is the entry.
+        let from_peer = |mut fragment: Vec<u8>| {
+            fragment[6..12].copy_from_slice(&dispatch::PEER_MAC);
+            fragment
+        };
+        let out: Vec<_> = four(TO_LOCAL).into_iter().map(|fragment| rig.ingress(&from_peer(fragment))).collect();
+        assert!(out.iter().all(|(code, _)| *code == NEXT), "{out:?}");
+        let out: Vec<_> = out.into_iter().map(|(_, out)| out).collect();
+        assert_eq!(packets::ends(&joined(&out)), ((CLIENT, 61_500), (LOCAL_POD, 8080)));
+        let out: Vec<_> = six(TO_LOCAL).into_iter().map(|fragment| rig.ingress6(&from_peer(fragment))).collect();
+        assert!(out.iter().all(|(code, _)| *code == NEXT), "{out:?}");
+        let out: Vec<_> = out.into_iter().map(|(_, out)| out).collect();
+        assert_eq!(ends_of6(&out), ((CLIENT6, 61_500), (LOCAL_POD6, 8080)));
     });
 }

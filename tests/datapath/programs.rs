@@ -155,7 +155,7 @@ fn r34_each_program_that_is_refused_leaves_the_others_working() {
     });
 }
 
-/// Bytes of stack that the deepest chain of calls from a program's start takes, with what it calls, and its frames.
+/// Bytes of stack that the deepest chain of calls from a program's start takes, and the frames of that chain.
 fn deepest_stack(code: &[aya_obj::generated::bpf_insn]) -> (u64, Vec<u64>) {
     const CALL: u8 = 0x85;
     const PSEUDO_CALL: u8 = 1;
@@ -200,15 +200,17 @@ fn deepest_stack(code: &[aya_obj::generated::bpf_insn]) -> (u64, Vec<u64>) {
         bodies: &[std::ops::Range<usize>],
         frames: &[u64],
         target: &dyn Fn(usize) -> Option<usize>,
-    ) -> u64 {
+    ) -> (u64, Vec<u64>) {
         let callees = bodies[of].clone().filter_map(target);
         let below = callees.map(|start| {
             let of = bodies.iter().position(|body| body.start == start).expect("every target starts a body");
             depth(of, bodies, frames, target)
         });
-        frames[of].max(1).next_multiple_of(ROUNDED) + below.max().unwrap_or(0)
+        let (below, mut chain) = below.max().unwrap_or_default();
+        chain.insert(0, frames[of]);
+        (frames[of].max(1).next_multiple_of(ROUNDED) + below, chain)
     }
-    (depth(0, &bodies, &frames, &target), frames)
+    depth(0, &bodies, &frames, &target)
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! Deliberately absent: how devices are found out about (netlink), and attaching to them.
 
+mod families;
 #[cfg(test)]
 mod tests;
 
@@ -10,6 +11,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
+
+pub use families::{Families, families};
 
 /// `01:23:45:67:89:ab`.
 pub fn mac_text(mac: [u8; 6]) -> String {

@@ -106,3 +106,31 @@ fn node_ports_are_served_on_one_address_per_family_and_device() {
         assert_eq!(node_port_addresses(&devices, &ips(node), &nets(cidrs)), ips(expected), "{node:?} {cidrs:?}");
     }
 }
+
+#[test]
+fn a_device_answers_for_the_ip_versions_of_its_networks() {
+    let (four, six) = (Families { ipv4: true, ipv6: false }, Families { ipv4: false, ipv6: true });
+    let bridge = |addresses: &[&str]| Device {
+        ifindex: 9,
+        addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        ..Device::default()
+    };
+    let cases: [(&[&str], &[&str], Families); 8] = [
+        (&["10.0.0.1/24", "fd00::1/64"], &[], Families::BOTH),
+        (&["10.0.0.1/24", "fe80::1/64"], &[], four),
+        (&["fd00::1/64"], &[], six),
+        (&["169.254.3.4/16", "2001:db8::1/64"], &[], six),
+        // Its addresses are elsewhere, so it cannot be told.
+        (&[], &[], Families::BOTH),
+        (&["fe80::1/64"], &[], Families::BOTH),
+        // A port of a bridge has the bridge's.
+        (&["fe80::1/64"], &["10.0.0.1/24"], four),
+        (&["10.0.0.2/24"], &["fd00::1/64"], Families::BOTH),
+    ];
+    for (own, masters, expected) in cases {
+        let device = Device { ifindex: 2, master: Some(9), ..bridge(own) };
+        let all = [device.clone(), bridge(masters)];
+        assert_eq!(families(&device, &all), expected, "{own:?} below {masters:?}");
+    }
+    assert!(four.include("::ffff:10.0.0.1".parse().unwrap()) && !four.include("fd00::1".parse().unwrap()));
+}

@@ -7,6 +7,7 @@
 //!
 //! Deliberately absent: the tables and the clock.
 
+pub mod ports;
 #[cfg(test)]
 mod tests;
 

@@ -1,5 +1,6 @@
 use kinesin_abi::{
-    Be16, FLOW_REDIRECT, FLOW_REPLY, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    Be16, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    TCP_SEEN_RST,
 };
 
 use super::*;
@@ -31,6 +32,12 @@ fn each_state_has_its_timeout() {
         (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN_REPLY, true, 300),
         (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY, true, 5),
         (proto::TCP, 0, TCP_SEEN_RST, false, 5),
+        // Handed on: the client's half is all that is seen. It may close it and go on receiving.
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED, true, 300),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_FIN, true, 100),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_FIN, false, 100),
+        (proto::TCP, FLOW_HANDED_ON, TCP_SEEN_FIN, false, 20),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_RST, true, 5),
     ];
     for (protocol, flags, tcp, settled, limit) in cases {
         let at = |silent| {

@@ -47,8 +47,9 @@ impl Ownership {
     fn own_devices(&self, addr: IpAddr, entry: &AddressEntry) -> Vec<DeviceId> {
         let offers = entry.services.iter().filter_map(|key| self.services.get(key)?.offers.get(&addr));
         let policies = offers.flatten().filter_map(|name| self.policies.get(name));
-        let names = policies.filter_map(|policy| policy.nodes.get(&self.me)).flatten();
-        let id = |name: &SmolStr| Some(DeviceId { ifindex: self.devices.get(name)?.ifindex, name: name.clone() });
+        let selected = policies.filter_map(|policy| policy.nodes.get(&self.me)).flatten();
+        let names = selected.filter(|(_, families)| families.include(addr)).map(|(name, _)| name);
+        let id = |name: &SmolStr| Some(DeviceId { ifindex: self.devices.get(name)?.0.ifindex, name: name.clone() });
         let mut devices: Vec<DeviceId> = names.filter_map(id).collect();
         devices.sort();
         devices.dedup();
@@ -60,7 +61,7 @@ impl Ownership {
         let served = entry.services.iter().filter(|key| {
             let Some(service) = self.services.get(*key) else { return false };
             let selected = service.offers.get(&addr).is_some_and(|names| {
-                names.iter().any(|name| self.policies.get(name).is_some_and(|p| p.nodes.contains_key(node)))
+                names.iter().any(|name| self.policies.get(name).is_some_and(|p| p.serves_on(node, addr)))
             });
             let local = service.service.spec.external_traffic_policy == TrafficPolicy::Local;
             let placed = || self.placements.get(*key).is_some_and(|p| p.anywhere || p.nodes.contains(node));

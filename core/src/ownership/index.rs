@@ -9,7 +9,7 @@ use smol_str::SmolStr;
 
 use super::policy::PolicyEntry;
 use super::{ANNOUNCE_COUNT, DeviceId, Effect, Ownership, Placement, ServiceEntry};
-use crate::devices::Device;
+use crate::devices::{Device, Families};
 use crate::objects::{L2Policy, Object, ObjectKey, Service, StringMap};
 use crate::presence::{Members, Record};
 
@@ -193,8 +193,10 @@ impl Ownership {
                 continue;
             }
             let devices = match self.members.get(node) {
-                _ if *node == self.me => policy.devices_on(labels, self.devices.keys()),
-                Some(record) => policy.devices_on(labels, record.devices.iter()),
+                _ if *node == self.me => {
+                    policy.devices_on(labels, self.devices.iter().map(|(name, (_, families))| (name, *families)))
+                }
+                Some(record) => policy.devices_on(labels, record.announcers()),
                 None => Vec::new(),
             };
             let old = match devices.is_empty() {
@@ -218,14 +220,20 @@ impl Ownership {
         }
     }
 
-    pub(super) fn devices_changed(&mut self, devices: Vec<Device>, now: Instant, effects: &mut Vec<Effect>) {
-        let live = devices.into_iter().filter(Device::is_live).map(|device| (device.name.clone(), device));
+    pub(super) fn devices_changed(
+        &mut self,
+        devices: Vec<(Device, Families)>,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        let live = devices.into_iter().filter(|(device, _)| device.is_live());
+        let live = live.map(|(device, families)| (device.name.clone(), (device, families)));
         let old = std::mem::replace(&mut self.devices, live.collect());
         let me = self.me.clone();
         self.refresh_nodes(None, &me);
         // The same name with another number or MAC is another card: whoever talks to us has to learn that.
         let swapped = |name: &SmolStr| match (old.get(name), self.devices.get(name)) {
-            (Some(old), Some(new)) if (old.ifindex, old.mac) != (new.ifindex, new.mac) => {
+            (Some((old, _)), Some((new, _))) if (old.ifindex, old.mac) != (new.ifindex, new.mac) => {
                 Some(DeviceId { ifindex: new.ifindex, name: name.clone() })
             }
             _ => None,

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use smol_str::SmolStr;
 
-use crate::devices::Device;
+use crate::devices::{Device, Families};
 use crate::objects::{Condition, L2Policy, Node, ObjectKey, Service, StringMap};
 use crate::presence::{Members, Record};
 use policy::PolicyEntry;
@@ -75,8 +75,8 @@ pub enum Input {
         /// All of it, replacing what was said before.
         placement: Placement,
     },
-    /// This node's selected devices, all of them.
-    Devices(Vec<Device>),
+    /// This node's selected devices, all of them, with the IP versions that it can answer for on each.
+    Devices(Vec<(Device, Families)>),
     /// Who is there, all of them.
     Members(Members),
     /// Addresses that an earlier run of this agent claimed and may still answer for; before [`Input::Synced`].
@@ -217,7 +217,7 @@ pub struct Ownership {
     policies: BTreeMap<SmolStr, PolicyEntry>,
     labels: HashMap<SmolStr, StringMap>,
     /// This node's devices that can carry frames, by name.
-    devices: BTreeMap<SmolStr, Device>,
+    devices: BTreeMap<SmolStr, (Device, Families)>,
     /// The other live nodes.
     members: BTreeMap<SmolStr, Arc<Record>>,
     self_seen: bool,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use regex::Regex;
 use smol_str::SmolStr;
 
+use crate::devices::Families;
 use crate::lb_ipam::CLASS_L2;
 use crate::objects::{Condition, L2Policy, ObjectKey, Service, ServiceType, StringMap};
 
@@ -17,6 +18,9 @@ pub const CONDITION_BAD_SERVICE_SELECTOR: &str = "io.cilium/bad-service-selector
 /// Condition of a policy: one of `spec.interfaces` is not a regular expression.
 pub const CONDITION_BAD_INTERFACE_REGEX: &str = "io.cilium/bad-interface-regex";
 
+/// A device by name, with the IP versions that its node can answer for on it.
+pub(super) type Announcer = (SmolStr, Families);
+
 /// A policy and what it selects.
 #[derive(Debug)]
 pub(super) struct PolicyEntry {
@@ -24,8 +28,8 @@ pub(super) struct PolicyEntry {
     interfaces: Vec<Regex>,
     /// By type of condition.
     problems: BTreeMap<&'static str, String>,
-    /// Live nodes that it selects, with the names of their devices that it selects; never empty lists.
-    pub(super) nodes: BTreeMap<SmolStr, Vec<SmolStr>>,
+    /// Live nodes that it selects, with their devices that it selects; never empty lists.
+    pub(super) nodes: BTreeMap<SmolStr, Vec<Announcer>>,
     /// Services with an address that it announces.
     pub(super) services: BTreeSet<ObjectKey>,
     pub(super) emitted: Option<Vec<Condition>>,
@@ -69,14 +73,19 @@ impl PolicyEntry {
     pub(super) fn devices_on<'a>(
         &self,
         labels: Option<&StringMap>,
-        devices: impl Iterator<Item = &'a SmolStr>,
-    ) -> Vec<SmolStr> {
+        devices: impl Iterator<Item = (&'a SmolStr, Families)>,
+    ) -> Vec<Announcer> {
         let none = StringMap::new();
         let selected = !self.problems.contains_key(CONDITION_BAD_NODE_SELECTOR)
             && self.policy.spec.node_selector.as_ref().is_none_or(|s| s.matches_labels(labels.unwrap_or(&none)));
         let all = self.policy.spec.interfaces.is_empty();
-        let fits = |name: &&SmolStr| selected && (all || self.interfaces.iter().any(|regex| regex.is_match(name)));
-        devices.filter(fits).cloned().collect()
+        let fits = |name: &SmolStr| selected && (all || self.interfaces.iter().any(|regex| regex.is_match(name)));
+        devices.filter(|(name, _)| fits(name)).map(|(name, families)| (name.clone(), families)).collect()
+    }
+
+    /// Whether a node can answer for an address where it is selected.
+    pub(super) fn serves_on(&self, node: &SmolStr, addr: IpAddr) -> bool {
+        self.nodes.get(node).is_some_and(|devices| devices.iter().any(|(_, families)| families.include(addr)))
     }
 
     /// The addresses of a Service that it announces.

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::tests::{device, members, policy, record, service};
+use super::tests::{all_of, device, members, policy, record, service};
 use super::*;
 use crate::objects::Object;
 
@@ -72,7 +72,7 @@ impl Cluster {
             return;
         }
         self.nodes.insert(node.clone(), (Ownership::new(node.as_str()), record(&node, &[])));
-        self.step(&node, Input::Devices(vec![device("eth0", 2)]));
+        self.step(&node, all_of(&[device("eth0", 2)]));
         self.step(&node, Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))));
         for service in services() {
             self.step(&node, Input::ServiceUpserted(service));
@@ -139,7 +139,7 @@ fn perform(cluster: &mut Cluster, act: &Act, placements: &mut BTreeMap<u8, BTree
         }
         Act::Link { node, up } => {
             let link = Device { running: *up, ..device("eth0", 2) };
-            cluster.step(&name(*node), Input::Devices(vec![link]));
+            cluster.step(&name(*node), all_of(&[link]));
             if let Some((_, record)) = cluster.nodes.get_mut(&name(*node)) {
                 record.devices = up.then(|| "eth0".into()).into_iter().collect();
             }
@@ -153,8 +153,84 @@ fn perform(cluster: &mut Cluster, act: &Act, placements: &mut BTreeMap<u8, BTree
     }
 }
 
+/// A node among others whose devices and whose agents differ.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    can: Families,
+    /// Its agent is from before records told IP versions.
+    old: bool,
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    let kinds = (any::<bool>(), any::<bool>(), any::<bool>());
+    kinds.prop_map(|(ipv4, ipv6, old)| Kind { can: Families { ipv4, ipv6 }, old })
+}
+
+/// What agents tell each other; old ones neither write nor read IP versions.
+fn told(records: &BTreeMap<String, Record>, kinds: &[Kind], reader: usize) -> Members {
+    let tell = |(n, record): (usize, &Record)| {
+        let mut record = record.clone();
+        if !kinds[n].old && !kinds[reader].old {
+            record.set_announcers([("eth0".into(), kinds[n].can)]);
+        }
+        record
+    };
+    members(records.values().enumerate().map(tell))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Old agents may wait for one that cannot answer; two never do.
+    #[test]
+    fn agents_that_know_of_ip_versions_and_others_that_do_not_never_answer_both(
+        kinds in prop::collection::vec(kind(), 2..6), upgraded in 0..6usize,
+    ) {
+        let now = Instant::now();
+        let mut kinds = kinds;
+        let services = [service("four", &["10.0.0.1", "10.0.0.2"]), service("six", &["fd00::1", "fd00::2", "fd00::3"])];
+        let start = |n: usize, kind: Kind| {
+            let mut machine = Ownership::new(name(n as u8).as_str());
+            let can = if kind.old { Families::BOTH } else { kind.can };
+            machine.step(Input::Devices(vec![(device("eth0", 2), can)]), now);
+            machine.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))), now);
+            for service in &services {
+                machine.step(Input::ServiceUpserted(service.clone()), now);
+            }
+            machine.step(Input::Members(members([])), now);
+            machine
+        };
+        let mut machines: Vec<Ownership> = kinds.iter().enumerate().map(|(n, kind)| start(n, *kind)).collect();
+        let mut records: BTreeMap<String, Record> =
+            (0..kinds.len()).map(|n| (name(n as u8), record(&name(n as u8), &[]))).collect();
+        for upgrade in [None, Some(upgraded % kinds.len())] {
+            if let Some(n) = upgrade {
+                kinds[n].old = false;
+                machines[n] = start(n, kinds[n]);
+                machines[n].step(Input::Restored(records[&name(n as u8)].claims.clone()), now);
+            }
+            for _ in 0..6 {
+                for (n, machine) in machines.iter_mut().enumerate() {
+                    machine.step(Input::Members(told(&records, &kinds, n)), now);
+                    machine.step(Input::Synced, now);
+                }
+                for (n, machine) in machines.iter().enumerate() {
+                    records.get_mut(&name(n as u8)).unwrap().claims = machine.claims();
+                }
+            }
+            for addr in services.iter().flat_map(|s| announced(s, &policy("p", json!({"loadBalancerIPs": true})))) {
+                let answering: Vec<usize> =
+                    (0..kinds.len()).filter(|n| machines[*n].claims().contains(&addr)).collect();
+                prop_assert!(answering.len() <= 1, "{addr} is answered by {answering:?} of {kinds:?}");
+                // Agents of one version agree: whoever can, does.
+                let able = |kind: &Kind| kind.old || kind.can.include(addr);
+                if kinds.iter().all(|kind| !kind.old) {
+                    prop_assert_eq!(answering.len(), usize::from(kinds.iter().any(able)), "{} of {:?}", addr, kinds);
+                }
+                prop_assert!(answering.iter().all(|n| able(&kinds[*n])), "{addr}: {answering:?} of {kinds:?}");
+            }
+        }
+    }
 
     #[test]
     fn r06_every_address_has_exactly_one_owner_and_all_nodes_agree(
@@ -216,7 +292,7 @@ proptest! {
             let all = services();
             let mine = all.iter().take(12).enumerate().filter(|(i, _)| bits & (1 << i) != 0).map(|(_, s)| s);
             let inputs = [
-                Input::Devices(vec![device("eth0", 2)]),
+                all_of(&[device("eth0", 2)]),
                 Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))),
                 Input::Members(members([])),
                 Input::Synced,

@@ -10,6 +10,11 @@ pub(super) fn device(name: &str, ifindex: u32) -> Device {
     Device { name: name.into(), ifindex, mac: Some([2, 0, 0, 0, 0, 1]), up: true, running: true, ..Device::default() }
 }
 
+/// Devices that can answer for everything.
+pub(super) fn all_of(devices: &[Device]) -> Input {
+    Input::Devices(devices.iter().map(|device| (device.clone(), Families::BOTH)).collect())
+}
+
 fn service_with(name: &str, ips: &[&str], spec: serde_json::Value) -> Arc<Service> {
     let mut spec = spec;
     spec["type"] = spec.get("type").cloned().unwrap_or(json!("LoadBalancer"));
@@ -68,7 +73,7 @@ struct Lone {
 impl Lone {
     fn new(me: &str) -> Self {
         let mut lone = Self { machine: Ownership::new(me), now: Instant::now() };
-        lone.step(Input::Devices(vec![device("eth0", 2)]));
+        lone.step(all_of(&[device("eth0", 2)]));
         lone.step(Input::Members(members([])));
         lone.step(Input::Synced);
         lone
@@ -224,7 +229,8 @@ fn policies_decide_what_is_announced() {
 fn interfaces_are_unanchored_expressions_and_policies_add_up() {
     let mut lone = Lone::new("a");
     let devices = ["eth0", "eth1", "enp3s0", "wlan0"];
-    lone.step(Input::Devices(devices.iter().zip(2..).map(|(name, i)| device(name, i)).collect()));
+    let names: Vec<_> = devices.iter().zip(2..).map(|(name, i)| device(name, i)).collect();
+    lone.step(all_of(&names));
     lone.step(Input::ServiceUpserted(service("web", &["10.0.0.1"])));
     let on = |lone: &Lone| lone.machine.views()[0].view.interface.clone().unwrap_or_default();
     lone.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true, "interfaces": ["th", "^wlan0$"]}))));
@@ -440,27 +446,27 @@ fn a_local_service_moves_before_the_old_owner_lets_go() {
 #[test]
 fn a_device_that_comes_back_is_announced_on_again() {
     let mut lone = Lone::with_policy("a");
-    lone.step(Input::Devices(vec![device("eth0", 2), device("eth1", 3)]));
+    lone.step(all_of(&[device("eth0", 2), device("eth1", 3)]));
     lone.step(Input::ServiceUpserted(service("web", &["10.0.0.1"])));
     lone.advance(1000);
     lone.advance(1000);
     assert_eq!(lone.machine.next_deadline(), None);
     let unplugged = Device { running: false, ..device("eth1", 3) };
-    let effects = lone.step(Input::Devices(vec![device("eth0", 2), unplugged]));
+    let effects = lone.step(all_of(&[device("eth0", 2), unplugged]));
     assert_eq!((claimed(&effects).len(), announcements(&effects)), (1, 0), "only eth0 is left: {effects:?}");
-    let effects = lone.step(Input::Devices(vec![device("eth0", 2), device("eth1", 3)]));
+    let effects = lone.step(all_of(&[device("eth0", 2), device("eth1", 3)]));
     assert_eq!((claimed(&effects).len(), announcements(&effects)), (1, 1), "{effects:?}");
     assert_eq!((announcements(&lone.advance(1000)), announcements(&lone.advance(1000))), (1, 1));
     // Another MAC, another number: clients have to learn.
     let other_mac = Device { mac: Some([2, 0, 0, 0, 0, 9]), ..device("eth1", 3) };
-    let effects = lone.step(Input::Devices(vec![device("eth0", 2), other_mac]));
+    let effects = lone.step(all_of(&[device("eth0", 2), other_mac]));
     assert_eq!((claimed(&effects).len(), announcements(&effects)), (0, 1), "{effects:?}");
-    let effects = lone.step(Input::Devices(vec![device("eth0", 2), device("eth1", 7)]));
+    let effects = lone.step(all_of(&[device("eth0", 2), device("eth1", 7)]));
     assert_eq!((claimed(&effects).len(), announcements(&effects)), (1, 1), "{effects:?}");
     // The same again is nothing.
-    assert_eq!(lone.step(Input::Devices(vec![device("eth0", 2), device("eth1", 7)])), []);
+    assert_eq!(lone.step(all_of(&[device("eth0", 2), device("eth1", 7)])), []);
     // All gone: nothing can be answered, and others should take over.
-    assert_eq!(released(&lone.step(Input::Devices(vec![]))), [ip("10.0.0.1")]);
+    assert_eq!(released(&lone.step(all_of(&[]))), [ip("10.0.0.1")]);
     assert_eq!(lone.machine.next_deadline(), None, "no announcements for what is not ours");
 }
 
@@ -470,7 +476,7 @@ fn nothing_is_decided_before_everything_is_known() {
     let mut machine = Ownership::new("a");
     let policy = policy("p", json!({"loadBalancerIPs": true}));
     for input in [
-        Input::Devices(vec![device("eth0", 2)]),
+        all_of(&[device("eth0", 2)]),
         Input::PolicyUpserted(policy),
         Input::ServiceUpserted(service("web", &["10.0.0.1"])),
         Input::Tick,
@@ -488,7 +494,7 @@ fn nothing_is_decided_before_everything_is_known() {
 #[test]
 fn r47_nodes_that_start_together_wait_until_they_are_seen() {
     let mut lone = Lone { machine: Ownership::new("a"), now: Instant::now() };
-    lone.step(Input::Devices(vec![device("eth0", 2)]));
+    lone.step(all_of(&[device("eth0", 2)]));
     lone.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))));
     lone.step(Input::ServiceUpserted(service("web", &["10.0.0.1"])));
     assert_eq!(lone.step(Input::Synced), []);
@@ -499,7 +505,7 @@ fn r47_nodes_that_start_together_wait_until_they_are_seen() {
 fn r53_a_restarted_agent_keeps_what_nobody_took_and_drops_the_rest() {
     let (mine, taken, gone) = (ip("10.0.0.1"), ip("10.0.0.2"), ip("10.0.0.3"));
     let mut lone = Lone { machine: Ownership::new("a"), now: Instant::now() };
-    lone.step(Input::Devices(vec![device("eth0", 2)]));
+    lone.step(all_of(&[device("eth0", 2)]));
     lone.step(Input::PolicyUpserted(policy("p", json!({"loadBalancerIPs": true}))));
     lone.step(Input::ServiceUpserted(service("web", &["10.0.0.1", "10.0.0.2"])));
     lone.step(Input::Restored(vec![mine, taken, gone]));
@@ -521,4 +527,38 @@ fn an_input_about_one_service_touches_one_address() {
     let effects = lone.step(Input::ServiceUpserted(service("s7", &["10.9.9.9"])));
     assert_eq!((claimed(&effects), released(&effects)), (vec![ip("10.9.9.9")], vec![ip("10.0.0.7")]));
     assert!(lone.machine.dirty.is_empty());
+}
+
+const ONLY_IPV4: Families = Families { ipv4: true, ipv6: false };
+
+#[test]
+fn a_node_is_asked_for_the_ip_versions_that_it_can_answer_for() {
+    let addr = "fd00::100";
+    let best = (0..100).map(|n| format!("n{n}")).max_by_key(|node| weight(ip(addr), node)).unwrap();
+    let mut lone = Lone::with_policy("me");
+    lone.step(Input::ServiceUpserted(service("web", &[addr, "10.0.0.1"])));
+    // The highest weight of all does not help a node without IPv6.
+    let without = |node: &str| {
+        let mut record = record(node, &[]);
+        record.set_announcers([("eth0".into(), ONLY_IPV4)]);
+        record
+    };
+    lone.step(Input::Members(members([without(&best)])));
+    assert_eq!(lone.owner(addr).as_deref(), Some("me"));
+    // It has got IPv6 now; whoever answers keeps what it has.
+    lone.step(Input::Members(members([record(&best, &[])])));
+    assert_eq!(lone.owner(addr).as_deref(), Some("me"));
+
+    // This node loses IPv6: it lets go of that at once, and of nothing else.
+    let effects = lone.step(Input::Devices(vec![(device("eth0", 2), ONLY_IPV4)]));
+    assert_eq!(released(&effects), [ip(addr)]);
+    assert_eq!((lone.owner(addr), lone.state(addr)), (Some(best.clone()), Some(State::Elsewhere)));
+    // Nobody has it any more: then nobody is told to answer.
+    lone.step(Input::Members(members([without(&best)])));
+    assert_eq!((lone.owner(addr), lone.state(addr)), (None, Some(State::Unowned)));
+    // Where there is one device with IPv6, it is asked for on that one.
+    let two = vec![(device("eth0", 2), ONLY_IPV4), (device("eth1", 3), Families::BOTH)];
+    let effects = lone.step(Input::Devices(two));
+    let eth1 = DeviceId { ifindex: 3, name: "eth1".into() };
+    assert!(effects.contains(&Effect::Claim { addr: ip(addr), devices: vec![eth1] }), "{effects:?}");
 }

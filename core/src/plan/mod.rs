@@ -17,7 +17,6 @@ mod slots;
 mod stages;
 
 pub use meaning::{FrontendMeaning, Meaning};
-pub use phases::in_phases;
 pub use planner::{Limits, PlanError, Planner, Stats};
 pub use service::keep_api_backends;
 

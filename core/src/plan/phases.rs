@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use kinesin_abi::{Backend, BackendId, FrontendKey, SLOT_EMPTY, SourceRangeKey};
+use kinesin_abi::{Backend, BackendId, FrontendKey, SLOT_EMPTY, SourceRangeKey, frontend_flags};
 
 use super::Op;
 
@@ -45,7 +45,14 @@ fn place(op: &Op) -> Place {
 /// Merges the plans of several services, in the order they were made, into few larger batches: a stable sort by phase
 /// of as many consecutive plans as write no key of a table twice. A plan that writes a key again starts a new batch, and
 /// one that writes a key twice itself stays as it is, so that the reuse of what was freed is never reordered.
-pub fn in_phases(plans: Vec<Vec<Op>>) -> Vec<Op> {
+///
+/// A wildcard that the last of its users gives up and a later plan takes again stays meanwhile. `room` is how many
+/// frontends the map has room for when all is written: where it might not hold those that would stay, they go.
+pub(super) fn in_phases(mut plans: Vec<Vec<Op>>, room: usize) -> Vec<Op> {
+    let deletes = plans.iter().flatten().filter(|op| matches!(op, Op::DeleteFrontend(_))).count();
+    if deletes > 0 && deletes <= room {
+        keep_wildcards(&mut plans);
+    }
     let mut all = Vec::with_capacity(plans.iter().map(Vec::len).sum());
     let mut batch: Vec<Op> = Vec::new();
     let mut written = HashSet::new();
@@ -66,6 +73,19 @@ pub fn in_phases(plans: Vec<Vec<Op>>) -> Vec<Op> {
     }
     flush(&mut batch, &mut all);
     all
+}
+
+/// Takes deletions of wildcards away that a later plan undoes. Nothing else may stay so: a wildcard leads to nothing that
+/// the first plan frees.
+fn keep_wildcards(plans: &mut [Vec<Op>]) {
+    let mut comes_back = HashSet::new();
+    for plan in plans.iter_mut().rev() {
+        plan.retain(|op| !matches!(op, Op::DeleteFrontend(key) if comes_back.contains(key)));
+        comes_back.extend(plan.iter().filter_map(|op| match op {
+            Op::PutFrontend(key, value) if value.flags & frontend_flags::WILDCARD != 0 => Some(*key),
+            _ => None,
+        }));
+    }
 }
 
 /// Whether frontends are written before source ranges, or after some were deleted: see `Stages`.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use kinesin_abi::{Backend, FrontendKey, FrontendValue, MAGLEV_TABLE_SIZE, frontend_flags};
 
 use super::image::{BackendKey, Image, key_of};
+use super::phases;
 use super::service::{Record, backend_keys, key_of_ref};
 use super::stages::Stages;
 use super::{Actual, Op};
@@ -281,6 +282,13 @@ impl Planner {
             );
         }
         problems
+    }
+
+    /// Merges the plans of several services that this planner made one after the other, none of which is written yet, into
+    /// few large batches that are safe in the same way.
+    pub fn in_phases(&self, plans: Vec<Vec<Op>>) -> Vec<Op> {
+        let room = (self.image.limits.frontends as usize).saturating_sub(self.image.frontends.len());
+        phases::in_phases(plans, room)
     }
 
     /// How full the maps are. O(frontends).

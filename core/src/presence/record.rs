@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smol_str::SmolStr;
 
 use super::Link;
+use crate::devices::Families;
 use crate::objects::Lease;
 
 /// The annotation.
@@ -33,6 +34,12 @@ pub struct Record {
     /// Selected devices that can carry frames now.
     #[serde(rename = "d", default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<SmolStr>,
+    /// Those of them that cannot answer for IPv4. Agents before this field can be asked for both: see ADR 0004.
+    #[serde(rename = "x4", default, skip_serializing_if = "Vec::is_empty")]
+    pub without_ipv4: Vec<SmolStr>,
+    /// Those of them that cannot answer for IPv6.
+    #[serde(rename = "x6", default, skip_serializing_if = "Vec::is_empty")]
+    pub without_ipv6: Vec<SmolStr>,
     /// Links on which it takes packets that others hand on to it as they are; none while its programs are not ready.
     #[serde(rename = "l", default, skip_serializing_if = "Vec::is_empty")]
     pub links: Vec<Link>,
@@ -83,6 +90,25 @@ pub enum RecordError {
 }
 
 impl Record {
+    /// Its devices, with the IP versions that each can answer for.
+    pub fn announcers(&self) -> impl Iterator<Item = (&SmolStr, Families)> {
+        self.devices.iter().map(|name| {
+            let families =
+                Families { ipv4: !self.without_ipv4.contains(name), ipv6: !self.without_ipv6.contains(name) };
+            (name, families)
+        })
+    }
+
+    /// Replaces its devices.
+    pub fn set_announcers(&mut self, devices: impl IntoIterator<Item = (SmolStr, Families)>) {
+        let (devices, families): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
+        let without = |lacks: fn(&Families) -> bool| {
+            devices.iter().zip(&families).filter(|(_, f)| lacks(f)).map(|(name, _)| SmolStr::clone(name)).collect()
+        };
+        (self.without_ipv4, self.without_ipv6) = (without(|f| !f.ipv4), without(|f| !f.ipv6));
+        self.devices = devices;
+    }
+
     /// The annotation's value.
     pub fn to_annotation(&self) -> String {
         serde_json::to_string(self).expect("invariant: a record has only strings, lists and a flag")

@@ -1,6 +1,7 @@
 use std::net::IpAddr;
 
 use super::*;
+use crate::devices::Families;
 use crate::objects::{LeaseSpec, Meta};
 
 fn record(node: &str) -> Record {
@@ -403,4 +404,24 @@ fn who_was_gone_before_a_restart_is_still_gone_until_its_lease_changes() {
         again.observe(&lease(&mine, "m5"), after(start, 22)).unwrap();
         assert_eq!(nodes(&again, after(start, 22)), ["dead", "me", "other"], "what the record said is over");
     }
+}
+
+#[test]
+fn a_record_says_what_each_device_cannot_answer_for() {
+    let (four, six) = (Families { ipv4: true, ipv6: false }, Families { ipv4: false, ipv6: true });
+    let devices = [("eth0", Families::BOTH), ("eth1", four), ("eth2", six)].map(|(name, can)| (name.into(), can));
+    let mut record = record("a");
+    record.set_announcers(devices.clone());
+    assert_eq!(
+        record.to_annotation(),
+        r#"{"n":"a","i":"1","d":["eth0","eth1","eth2"],"x4":["eth2"],"x6":["eth1"]}"#,
+        "earlier agents read d, and nothing of the rest"
+    );
+    let read = Record::from_lease(&lease(&record, "x")).unwrap();
+    assert_eq!(read.announcers().map(|(name, can)| (name.clone(), can)).collect::<Vec<_>>(), devices);
+    // As earlier agents write it.
+    let mut old = lease(&record, "x");
+    old.metadata.annotations = [(ANNOTATION.into(), r#"{"n":"a","d":["eth1"]}"#.into())].into();
+    let read = Record::from_lease(&old).unwrap();
+    assert_eq!(read.announcers().map(|(_, can)| can).collect::<Vec<_>>(), [Families::BOTH]);
 }

@@ -80,7 +80,8 @@ impl<V: View> Tracer<'_, V> {
         Ok(self.view.backend(flow.backend)?.is_some_and(|backend| backend.serves(flow)))
     }
 
-    /// The source port that a backend would see; none where no port is free. `redirect` says that the node's address
+    /// The source port that a backend would see; none where no port is free. Sockets of the node, whose ports the programs
+    /// leave alone, are not asked. `redirect` says that the node's address
     /// takes the client's place.
     pub(super) fn source_port(
         &self,

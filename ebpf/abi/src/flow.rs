@@ -78,12 +78,26 @@ impl FlowValue {
         FlowKey { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*key }
     }
 
+    /// [`Self::partner_key`], written to where it is needed: the programs' stacks are short.
+    #[inline(always)]
+    pub const fn write_partner_key(&self, key: &FlowKey, to: &mut FlowKey) {
+        (to.src, to.dst) = (self.dst, self.src);
+        (to.sport, to.dport) = (self.dport, self.sport);
+        (to.proto, to.pad) = (key.proto, key.pad);
+    }
+
     /// Whether a TCP connection is over, as far as it comes by here: of one that was handed on only the client's half
     /// does.
     #[inline(always)]
     pub const fn is_over(&self) -> bool {
-        tcp_closed(self.tcp) || self.flags & FLOW_HANDED_ON != 0 && self.tcp & TCP_SEEN_FIN != 0
+        tcp_closed(self.tcp) || half_closed(self.flags, self.tcp)
     }
+}
+
+/// Whether the client has closed its half of a connection whose other half does not come by here.
+#[inline(always)]
+const fn half_closed(flags: u8, tcp: u8) -> bool {
+    flags & FLOW_HANDED_ON != 0 && tcp & TCP_SEEN_FIN != 0
 }
 
 /// Whether the client of a TCP connection has gone on after the backend's answer. In the table of established connections
@@ -141,10 +155,13 @@ impl Timeouts {
         if !tcp_established(tcp, settled) {
             return or(self.syn, D.syn);
         }
-        lesser(or(self.service_tcp, D.service_tcp), or(self.regular_tcp, D.regular_tcp), translated)
+        let open = lesser(or(self.service_tcp, D.service_tcp), or(self.regular_tcp, D.regular_tcp), translated);
+        lesser(open, self.leaving(), half_closed(flags, tcp))
     }
 
-    /// The limit for established connections to a backend that takes no new ones.
+    /// The limit for established connections to a backend that takes no new ones, and for those that were handed on and
+    /// that their client has closed: the backend may go on sending for as long as it likes, and its end is seen by nobody
+    /// here, but what is sent is acknowledged.
     #[inline(always)]
     pub const fn leaving(&self) -> u32 {
         or(self.grace, Self::DEFAULT.grace)

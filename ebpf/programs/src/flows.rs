@@ -17,9 +17,12 @@ use kinesin_abi::{
 };
 
 use crate::{
-    affinity, lookup,
+    affinity,
+    family::Family,
+    local, lookup,
     maps::{COUNTS, FLOW, FLOWS, FLOWS_OLD, SLOTS, TRANSIENT, TRANSIENT_OLD},
     packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+    skb::Skb,
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -292,7 +295,7 @@ pub struct Opening<'a> {
 /// The client's own port is kept where possible. Another one is needed where two clients meet behind one source
 /// address, or one client reaches one backend through two addresses.
 #[inline(always)]
-pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
+pub fn open<F: Family>(skb: Skb, opening: &Opening) -> Result<Be16, DropReason> {
     let client = &opening.packet.flow;
     let (min, span) = lookup::settings().map_or((0, 0), Settings::snat_ports);
     let mut forward = FlowValue {
@@ -313,7 +316,7 @@ pub fn open(opening: &Opening) -> Result<Be16, DropReason> {
     let fixed = client.proto == proto::SCTP;
     let own_port_fits = fixed || !opening.redirect || (own >= min && own - min < span);
     let range = if fixed { 0 } else { min << 16 | span };
-    let result = allocate(client, &mut forward, range, own_port_fits as u32);
+    let result = allocate::<F>(skb, client, &mut forward, range, own_port_fits as u32);
     match result {
         TAKEN => {}
         OCCUPIED => return Err(DropReason::NoNatMapping),
@@ -335,21 +338,27 @@ const PRESSED: u32 = 4;
 /// Finds a source port whose entry of the backend's direction is free, takes it, and notes it in `forward`. `range` is
 /// the first port and, in the lower half, how many there are.
 ///
-/// First the client's own port, then random ones that nobody has, and only when those are hard to find random ones of
-/// connections that are over or have expired: looking at holders is what the verifier takes longest for.
+/// A port whose replies a socket of the node itself waits for is not free: they would go to the client.
+///
+/// First the client's own port, then the first of some random ones that nobody has, and only when those are hard to find
+/// random ones of connections that are over or have expired: looking at holders is what the verifier takes longest for.
 #[inline(never)]
-fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
+fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
     let reply = partner(client, forward);
     let mut key = forward.partner_key(client);
     let (min, span) = (range >> 16, range & 0xffff);
     let mut result = OCCUPIED;
-    if own_port_fits != 0 {
+    // Towards a local backend the address is the client's, so that no socket of the node has it.
+    if own_port_fits != 0 && (forward.flags & FLOW_REDIRECT == 0 || local::has_socket::<F>(skb, &key) == 0) {
         result = take(&key, &reply, (span == 0) as u32);
     }
     let mut attempt = 0;
     while result == OCCUPIED && attempt < ATTEMPTS && span != 0 {
         key.dport = Be16::new((min + lookup::random_below(span)) as u16);
-        result = claim(&key, &reply);
+        if is_held(&key) == 0 {
+            result = claim::<F>(skb, &key, &reply);
+            break;
+        }
         attempt += 1;
     }
     attempt = 0;
@@ -358,20 +367,38 @@ fn allocate(client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits
         result = take(&key, &reply, 1);
         attempt += 1;
     }
+    // Once, and afterwards: who is as unlucky as this tries again.
+    if attempt != 0 && result == TAKEN && local::has_socket::<F>(skb, &key) != 0 {
+        result = give_back(&key);
+    }
     forward.sport = key.dport;
     result
+}
+
+/// Removes an entry that was just written.
+#[inline(never)]
+fn give_back(key: &FlowKey) -> u32 {
+    if TRANSIENT.remove(key).is_ok() {
+        count(FlowCount::Removed);
+    }
+    OCCUPIED
 }
 
 /// `EEXIST`, as helpers return it.
 const EXISTS: i32 = -17;
 
-/// Writes the entry of the backend's direction if nobody has it.
+/// Whether any table holds the tuple.
 #[inline(never)]
-fn claim(key: &FlowKey, reply: &FlowValue) -> u32 {
-    if key.proto == proto::TCP && FLOWS.get_ptr_mut(key).is_some() || old_has(key) != 0 {
-        return OCCUPIED;
-    }
-    write(key, reply, 0)
+fn is_held(key: &FlowKey) -> u32 {
+    let established = key.proto == proto::TCP && FLOWS.get_ptr_mut(key).is_some();
+    (established || TRANSIENT.get_ptr_mut(key).is_some() || old_has(key) != 0) as u32
+}
+
+/// Writes the entry of the backend's direction, which nobody had a moment ago. Who is unlucky here goes on among those who
+/// are pressed.
+#[inline(never)]
+fn claim<F: Family>(skb: Skb, key: &FlowKey, reply: &FlowValue) -> u32 {
+    if local::has_socket::<F>(skb, key) != 0 { OCCUPIED } else { write(key, reply, 0) }
 }
 
 /// Writes the entry of the backend's direction unless a living connection of somebody else has it.
@@ -433,7 +460,7 @@ fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32
         return 0;
     }
     // The client may be the only one who talks.
-    packet.quoted = holder.partner_key(key);
+    holder.write_partner_key(key, &mut packet.quoted);
     (lookup::now().saturating_sub(last_seen(&packet.quoted)) > quiet) as u32
 }
 

@@ -207,7 +207,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
         route = route::find::<F>(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
         source = lookup::source_address::<F>(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
-    let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;
+    let sport = flows::open::<F>(skb, &Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
     rewrite::translate::<F>(skb, packet, &to, redirect)?;
     if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::Translated) }

@@ -23,6 +23,7 @@ mod flows;
 mod fragments;
 mod icmp;
 mod ingress;
+mod local;
 mod lookup;
 mod maps;
 mod ndp;

@@ -45,6 +45,12 @@ impl Skb {
         Self(ctx.as_ptr().cast())
     }
 
+    /// For helpers that take the packet.
+    #[inline(always)]
+    pub fn context(self) -> *mut core::ffi::c_void {
+        self.0.cast()
+    }
+
     /// Bytes from the link-layer header on.
     #[inline(always)]
     pub fn len(self) -> u32 {
