@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
-use kinesin_core::presence::{ANNOTATION, Link, Record, Tracker, lease_name};
+use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
@@ -60,7 +60,7 @@ pub struct Membership {
     /// What makes this node ready to take packets that others hand on to it.
     readiness: (Follower<MapsHandle>, Follower<bool>),
     /// As last written.
-    links: Vec<Link>,
+    takes: (Vec<Link>, Vec<SmolStr>),
     tracker: Tracker,
     /// The Leases that the tracker knows are all there are.
     settled: bool,
@@ -88,7 +88,7 @@ impl Actor for Membership {
             claims: world.claims.follow(wake.clone()),
             devices: world.devices.follow(wake.clone()),
             readiness: (world.maps.follow(wake.clone()), world.programmed.follow(wake)),
-            links: Vec::new(),
+            takes: Default::default(),
             tracker: Tracker::new(world.node.clone()),
             settled: false,
             instance: format!("{:08x}", rand::random::<u32>()).into(),
@@ -111,7 +111,7 @@ impl Actor for Membership {
                 self.observe();
                 let said_anew = self.claims.changed().is_some() | self.devices.changed().is_some();
                 let ready_anew = self.readiness.0.changed().is_some() | self.readiness.1.changed().is_some();
-                if (said_anew || ready_anew && self.links() != self.links) && self.world.claims.get().is_some() {
+                if (said_anew || ready_anew && self.takes() != self.takes) && self.world.claims.get().is_some() {
                     self.write();
                 }
             }
@@ -177,24 +177,30 @@ impl Membership {
         });
     }
 
-    /// Devices on which this node takes packets that others hand on to it. While a new agent is not ready yet, those of
-    /// the one before: its programs go on.
-    fn links(&self) -> Vec<Link> {
+    /// Devices on which this node takes packets that others hand on to it, and in which other ways it does. While a new
+    /// agent is not ready yet, those of the one before: its programs go on.
+    fn takes(&self) -> (Vec<Link>, Vec<SmolStr>) {
         if self.world.programmed.get().is_none_or(|programmed| !*programmed) {
             let mine = self.world.leases.get(&ObjectKey::new("", lease_name(&self.world.node)));
-            return mine.and_then(|lease| Record::from_lease(&lease).ok()).map_or_else(Vec::new, |record| record.links);
+            let mine = mine.and_then(|lease| Record::from_lease(&lease).ok());
+            return mine.map_or_else(Default::default, |record| (record.links, record.takes));
         }
-        let (Some(devices), Some(maps)) = (self.world.devices.get(), self.world.maps.get()) else { return Vec::new() };
-        devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect()
+        let (Some(devices), Some(maps)) = (self.world.devices.get(), self.world.maps.get()) else {
+            return Default::default();
+        };
+        let links = devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect();
+        (links, vec![TAKES_IPIP.into()])
     }
 
     fn lease(&mut self, claims: &[IpAddr]) -> Lease {
         let devices = self.world.devices.get();
         let live = devices.iter().flat_map(|devices| devices.selected()).filter(|device| device.is_live());
         let live = live.map(|device| device.name.clone()).collect();
-        self.links = self.links();
+        self.takes = self.takes();
+        let (links, takes) = self.takes.clone();
         let record = Record {
-            links: self.links.clone(),
+            links,
+            takes,
             node: self.world.node.clone(),
             instance: self.instance.clone(),
             since: self.since.clone(),
