@@ -69,3 +69,5 @@ mod trace;
 mod traffic;
 #[path = "datapath/traffic6.rs"]
 mod traffic6;
+#[path = "datapath/wrap.rs"]
+mod wrap;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use kinesin_core::devices::Families;
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
-use kinesin_core::presence::{ANNOTATION, Link, Record, Tracker, lease_name};
+use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
@@ -64,7 +64,7 @@ pub struct Membership {
     readiness: (Follower<MapsHandle>, Follower<bool>),
     config: Follower<Config>,
     /// As last written.
-    links: Vec<Link>,
+    takes: (Vec<Link>, Vec<SmolStr>),
     /// As last written.
     announcers: Vec<(SmolStr, Families)>,
     tracker: Tracker,
@@ -95,7 +95,7 @@ impl Actor for Membership {
             devices: world.devices.follow(wake.clone()),
             readiness: (world.maps.follow(wake.clone()), world.programmed.follow(wake.clone())),
             config: world.config.follow(wake),
-            links: Vec::new(),
+            takes: Default::default(),
             announcers: Vec::new(),
             tracker: Tracker::new(world.node.clone()),
             settled: false,
@@ -121,7 +121,7 @@ impl Actor for Membership {
                 let ready_anew = self.readiness.0.changed().is_some()
                     | self.readiness.1.changed().is_some()
                     | self.config.changed().is_some();
-                let differs = || self.links() != self.links || self.announcers() != self.announcers;
+                let differs = || self.takes() != self.takes || self.announcers() != self.announcers;
                 if (said_anew || ready_anew && differs()) && self.world.claims.get().is_some() {
                     self.write();
                 }
@@ -188,15 +188,19 @@ impl Membership {
         });
     }
 
-    /// Devices on which this node takes packets that others hand on to it. While a new agent is not ready yet, those of
-    /// the one before: its programs go on.
-    fn links(&self) -> Vec<Link> {
+    /// Devices on which this node takes packets that others hand on to it, and in which other ways it does. While a new
+    /// agent is not ready yet, those of the one before: its programs go on.
+    fn takes(&self) -> (Vec<Link>, Vec<SmolStr>) {
         if self.world.programmed.get().is_none_or(|programmed| !*programmed) {
             let mine = self.world.leases.get(&ObjectKey::new("", lease_name(&self.world.node)));
-            return mine.and_then(|lease| Record::from_lease(&lease).ok()).map_or_else(Vec::new, |record| record.links);
+            let mine = mine.and_then(|lease| Record::from_lease(&lease).ok());
+            return mine.map_or_else(Default::default, |record| (record.links, record.takes));
         }
-        let (Some(devices), Some(maps)) = (self.world.devices.get(), self.world.maps.get()) else { return Vec::new() };
-        devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect()
+        let (Some(devices), Some(maps)) = (self.world.devices.get(), self.world.maps.get()) else {
+            return Default::default();
+        };
+        let links = devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect();
+        (links, vec![TAKES_IPIP.into()])
     }
 
     /// Devices that can carry frames now, and in which IP versions this node answers there.
@@ -206,10 +210,12 @@ impl Membership {
     }
 
     fn lease(&mut self, claims: &[IpAddr]) -> Lease {
-        self.links = self.links();
+        self.takes = self.takes();
         self.announcers = self.announcers();
+        let (links, takes) = self.takes.clone();
         let mut record = Record {
-            links: self.links.clone(),
+            links,
+            takes,
             node: self.world.node.clone(),
             instance: self.instance.clone(),
             since: self.since.clone(),

@@ -1,18 +1,19 @@
-//! Finds the nodes that packets can be handed on to as they are (dispatch `l2`).
+//! Finds the nodes that packets can be handed on to as they are (dispatches `l2` and `ipip`).
 //!
-//! owns: the peers map, the questions to the neighbour table
+//! owns: the peers map, the questions to the neighbour table and the routing tables
 //! hears: members, devices, nodes, a (re)loaded data path, the configuration, the clock for asking neighbours again
-//! says: the peers level: which nodes are neighbours, and why the others are not
+//! says: the peers level: which nodes are neighbours or reached by route, and why the others are not
 //! restart story: judges anew from members and neighbour table; entries of the map that it knows nothing of stay while
 //! their node exists, so that connections go on
 //!
-//! Deliberately absent: what makes a neighbour, which is decided in `kinesin_core::peers`.
+//! Deliberately absent: what makes a peer, which is decided in `kinesin_core::peers`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kinesin_core::peers::{self, Peer, State};
+use kinesin_core::peers::{self, Beyond, Peer, State};
+use kinesin_core::trace::RouteQuery;
 use metrics::gauge;
 use rtnetlink::packet_route::neighbour::NeighbourState;
 
@@ -119,15 +120,25 @@ impl PeerWatcher {
             return Ok(None);
         }
         let devices: Vec<_> = devices.selected().collect();
-        let judge = |table: &[Neighbour]| {
+        let mut beyond = Beyond { dispatch: self.world.config().services.beyond(), ..Beyond::default() };
+        let judge = |table: &[Neighbour], beyond: &Beyond| {
             let answered: Vec<_> = table.iter().filter_map(answer).collect();
-            peers::judge(&self.world.node, &devices, &live.members.records, &answered)
+            peers::judge(&self.world.node, &devices, &live.members.records, &answered, beyond)
         };
         if !self.enabled() {
-            return Ok(Some(judge(&[])));
+            return Ok(Some(judge(&[], &beyond)));
         }
         let table = self.rtnl.neighbours().await?;
-        let peers = judge(&table);
+        let mut peers = judge(&table, &beyond);
+        let far = peers.iter().filter(|peer| matches!(peer.state, State::Routed(_)));
+        for dst in far.flat_map(|peer| peers::destinations(&peer.links)) {
+            if let Err(why) = self.rtnl.way_to(&RouteQuery { dst, src: None, ingress: None }, &[]).await? {
+                beyond.refused.insert(dst, why);
+            }
+        }
+        if !beyond.refused.is_empty() {
+            peers = judge(&table, &beyond);
+        }
         for way in peers.iter().filter_map(|peer| peer.way.as_ref()) {
             let entry = table.iter().find(|entry| entry.ifindex == way.ifindex && entry.address == way.address);
             // What somebody has entered by hand is not asked about, and a question would make it forgettable.

@@ -9,7 +9,7 @@ use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
 use kinesin_core::devices::mac_text;
 use kinesin_core::peers::State;
-use kinesin_core::services::{self, FrontendView, WideView};
+use kinesin_core::services::{self, Dispatch, FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -177,7 +177,12 @@ impl Answers {
         let peers = self.world.peers.get();
         let peers: Vec<_> = peers.iter().flat_map(|peers| peers.iter()).collect();
         let near = peers.iter().filter(|peer| peer.state == State::Neighbour).count();
-        format!("{name} (L2 to {near} of {} other nodes, else SNAT)", peers.len())
+        let far = peers.iter().filter(|peer| matches!(peer.state, State::Routed(_))).count();
+        let far = match services.beyond() {
+            Dispatch::Snat | Dispatch::L2 => String::new(),
+            dispatch => format!(", {} to {far}", dispatch.text().to_uppercase()),
+        };
+        format!("{name} (L2 to {near}{far} of {} other nodes, else SNAT)", peers.len())
     }
 
     fn families(&self) -> Vec<&'static str> {

@@ -236,7 +236,7 @@ pub static KEYS: &[KeyDef] = &[
         "bpf-lb-dsr-dispatch",
         "opt",
         Kind::Choice(|c| &mut c.services.dsr_dispatch),
-        "How `dsr` and `hybrid` carry the client's address: `l2` leaves frames as they are and serves nodes on the same segment (others get `snat`). `opt`, `ipip` and `geneve` are not supported yet; they are reported and `l2` used.",
+        "How `dsr` and `hybrid` carry the client's address to nodes on other segments: `ipip` inside another IP packet, `l2` not at all (they get `snat`, as do nodes that cannot take it). To nodes on the same segment frames go as they are whatever this says. `opt` and `geneve` are not supported; they are reported and `l2` used.",
     ),
     live(
         SERVICES,

@@ -254,20 +254,35 @@ impl Services {
     pub fn forwarding(&self) -> Forwarding {
         match self.mode {
             LbMode::Snat => Forwarding::all(Dispatch::Snat),
-            LbMode::Auto | LbMode::Dsr => Forwarding::all(Dispatch::L2),
-            LbMode::Hybrid => Forwarding { tcp: Dispatch::L2, other: Dispatch::Snat },
+            LbMode::Auto => Forwarding::all(Dispatch::L2),
+            LbMode::Dsr => Forwarding::all(self.dispatch()),
+            LbMode::Hybrid => Forwarding { tcp: self.dispatch(), other: Dispatch::Snat },
         }
     }
 
-    /// Whether packets may be handed on to neighbours as they are.
+    /// What `dsr` stands for.
+    fn dispatch(&self) -> Dispatch {
+        match self.dsr_dispatch {
+            DsrDispatch::Ipip => Dispatch::Ipip,
+            DsrDispatch::Opt | DsrDispatch::Geneve | DsrDispatch::L2 => Dispatch::L2,
+        }
+    }
+
+    /// How packets of some Service may get to nodes on other segments with the client's address; as [`Dispatch::L2`] they
+    /// do not.
+    pub fn beyond(&self) -> Dispatch {
+        let dsr = self.mode_annotation || matches!(self.mode, LbMode::Dsr | LbMode::Hybrid);
+        if dsr { self.dispatch() } else { Dispatch::L2 }
+    }
+
+    /// Whether packets may be handed on to other nodes as they are.
     pub fn hands_on(&self) -> bool {
-        let Forwarding { tcp, other } = self.forwarding();
-        self.mode_annotation || [tcp, other].contains(&Dispatch::L2)
+        self.mode_annotation || self.mode != LbMode::Snat
     }
 
     /// What `dsr` means in an annotation; `None` while annotations do not count.
     pub fn dsr_by_annotation(&self) -> Option<Forwarding> {
-        self.mode_annotation.then(|| Forwarding::all(Dispatch::L2))
+        self.mode_annotation.then(|| Forwarding::all(self.dispatch()))
     }
 
     /// Whether sockets of pods are ended when their backend is gone, too.

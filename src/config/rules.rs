@@ -71,7 +71,7 @@ fn dsr_dispatch(config: &mut Config, warnings: &mut Vec<String>) {
     }
     let asked = services.dsr_dispatch;
     let used = matches!(services.mode, LbMode::Dsr | LbMode::Hybrid) || services.mode_annotation;
-    if used && asked != DsrDispatch::L2 {
+    if used && matches!(asked, DsrDispatch::Opt | DsrDispatch::Geneve) {
         warnings.push(format!(
             "bpf-lb-dsr-dispatch={asked} is not supported yet: using l2, which keeps clients' addresses towards nodes on the same segment"
         ));

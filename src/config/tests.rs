@@ -6,6 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::Duration;
 
+use kinesin_core::services::{Dispatch, Forwarding};
 use tempfile::TempDir;
 
 use super::resolve::defaults;
@@ -56,6 +57,15 @@ fn modes_and_annotations_that_do_not_go_together_are_said_and_made_usable() {
     let (services, about) = warned(&[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "geneve")]);
     assert_eq!(services.dsr_dispatch, DsrDispatch::L2);
     assert!(about.len() == 1 && about[0].contains("bpf-lb-dsr-dispatch=geneve is not supported"), "{about:?}");
+    let (services, about) = warned(&[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "ipip")]);
+    let hybrid = Forwarding { tcp: Dispatch::Ipip, other: Dispatch::Snat };
+    assert_eq!((services.forwarding(), services.beyond(), about.len()), (hybrid, Dispatch::Ipip, 0));
+    // Only Services that ask for it cross routers.
+    let (services, about) = warned(&[("bpf-lb-dsr-dispatch", "ipip"), ("bpf-lb-mode-annotation", "true")]);
+    assert_eq!((services.forwarding(), services.beyond()), (Forwarding::all(Dispatch::L2), Dispatch::Ipip));
+    assert_eq!((services.dsr_by_annotation(), about.len()), (Some(Forwarding::all(Dispatch::Ipip)), 0));
+    let (services, _) = warned(&[("bpf-lb-dsr-dispatch", "ipip")]);
+    assert_eq!(services.beyond(), Dispatch::L2, "auto takes what costs nothing");
     let (services, about) =
         warned(&[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "l2"), ("bpf-lb-mode-annotation", "true")]);
     assert!(!services.mode_annotation && services.dsr_by_annotation().is_none());

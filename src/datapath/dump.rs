@@ -6,7 +6,7 @@ use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, DEVICE_ETHERNET,
     DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
     FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key,
-    L2Value, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
+    L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
     SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
     SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
     TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
@@ -138,9 +138,16 @@ fn device(value: &DeviceValue) -> String {
 fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
     let by = match key.node() {
         Some(node) => format!("node {node:#08x}"),
+        None if key.is_by_addr() => "wrapped by".into(),
         None => format!("mac {}", mac_text(value.mac_bytes())),
     };
-    let state = if value.flags & PEER_TAKES_NEW != 0 { "takes-new" } else { "keeps-old" };
+    let state = match (value.flags & PEER_TAKES_NEW != 0, value.flags & PEER_BY_ROUTE != 0) {
+        _ if key.is_by_addr() => "known",
+        (true, false) => "takes-new",
+        (true, true) => "takes-new by-route",
+        (false, false) => "keeps-old",
+        (false, true) => "keeps-old by-route",
+    };
     let (v4, v6) = (Ipv4Addr::from(value.ipv4.to_ne_bytes()), IpAddr::from(value.ipv6));
     (by, format!("{:#08x} {} dev {} {v4} {v6} {state}", value.node, mac_text(value.mac_bytes()), value.ifindex))
 }

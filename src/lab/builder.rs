@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::client::Client;
 use super::node::{Node, NodeInner, Pod, PodInner};
 use super::territory::{self, Territory};
-use super::{CLIENT_ADDRESS, CLIENT_ADDRESS6, Lab, LabError, MAX_NODES, ROUTER_ADDRESS};
+use super::{CLIENT_ADDRESS, CLIENT_ADDRESS6, Lab, LabError, MAX_NODES};
 use crate::net::rtnl::{Route, Rtnl};
 use crate::net::{Netns, sysctl};
 
@@ -20,7 +20,35 @@ const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const POD_GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Link-local addresses are usable at once: nobody else is there to have them.
 const NO_DAD: [(&str, &str); 2] = [("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")];
-const BRIDGE: &str = "lan";
+/// More would take addresses of pods.
+const MAX_SEGMENTS: usize = 9;
+
+/// One Ethernet of the lab, by its number from 0, on which the client is. The router is on all of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Segment(pub(super) u8);
+
+impl Segment {
+    fn bridge(self) -> String {
+        if self.0 == 0 { "lan".into() } else { format!("lan{}", self.0) }
+    }
+
+    /// A host's address there.
+    fn address(self, last: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 0, self.0, last)
+    }
+
+    pub(super) fn address6(self, last: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x10, self.0.into(), 0, 0, 0, 0, last)
+    }
+
+    fn router(self) -> Ipv4Addr {
+        self.address(1)
+    }
+
+    fn router6(self) -> Ipv6Addr {
+        self.address6(1)
+    }
+}
 
 /// A lab that is being described; see [`Lab::builder`].
 #[derive(Debug, Clone)]
@@ -30,11 +58,12 @@ pub struct LabBuilder {
     pods_per_node: usize,
     binary: Option<PathBuf>,
     dual_stack: bool,
+    segments: usize,
 }
 
 impl LabBuilder {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false }
+        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false, segments: 1 }
     }
 
     /// How many nodes; 1 unless said.
@@ -55,6 +84,13 @@ impl LabBuilder {
         self
     }
 
+    /// Nodes are on so many segments in turn, with a router between them; 1 unless said. The client is on the first, like
+    /// node 1.
+    pub fn segments(mut self, count: usize) -> Self {
+        self.segments = count;
+        self
+    }
+
     /// The `kinesin` binary to run; this very executable unless said. Tests must say it.
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
         self.binary = Some(path.into());
@@ -71,15 +107,19 @@ impl LabBuilder {
                 "at most {MAX_NODES} nodes and 200 pods per node fit the lab's addresses"
             )));
         }
+        if !(1..=MAX_SEGMENTS).contains(&self.segments) {
+            return Err(LabError::Invalid(format!("a lab has 1 to {MAX_SEGMENTS} segments")));
+        }
         let binary = match self.binary {
             Some(path) => path,
             None => std::env::current_exe().map_err(LabError::io("find this executable"))?,
         };
         let territory = Territory::claim(&self.name)?;
-        let lan = make_lan(&territory).await?;
-        let client = make_client(&territory, &lan, &binary, self.dual_stack).await?;
+        let segments = self.segments as u8;
+        let lan = make_lan(&territory, segments, self.dual_stack).await?;
+        let client = make_client(&territory, &lan, &binary, (self.dual_stack, segments > 1)).await?;
         let dual_stack = self.dual_stack;
-        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, territory };
+        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, segments, territory };
         for _ in 0..self.nodes {
             lab.add_node_with(self.pods_per_node).await?;
         }
@@ -106,6 +146,9 @@ impl Lab {
             return Err(LabError::Invalid(format!("the lab has no addresses for more than {MAX_NODES} nodes")));
         }
         let node = make_node(self, number).await?;
+        if self.segments > 1 {
+            route_pods(&self.lan, &node).await?;
+        }
         for other in &self.nodes {
             connect_pods(&node, other).await?;
             connect_pods(other, &node).await?;
@@ -134,29 +177,60 @@ impl Lab {
     }
 }
 
-async fn make_lan(territory: &Territory) -> Result<Netns, LabError> {
+async fn make_lan(territory: &Territory, segments: u8, dual_stack: bool) -> Result<Netns, LabError> {
     let netns = territory.netns("lan")?;
+    if segments > 1 {
+        sysctl::write_in(&netns, &[("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0")])?;
+        sysctl::write_in(&netns, &[("ipv4/conf/default/rp_filter", "0")])?;
+    }
+    if segments > 1 && dual_stack {
+        sysctl::write_in(&netns, &[("ipv6/conf/all/forwarding", "1"), ("ipv6/conf/default/forwarding", "1")])?;
+        sysctl::write_in(&netns, &NO_DAD)?;
+    }
     let rtnl = Rtnl::open_in(&netns)?;
     set_loopback_up(&rtnl).await?;
-    let bridge = rtnl.add_bridge(BRIDGE).await?;
-    rtnl.set_up(bridge).await?;
-    rtnl.add_address(bridge, lan_address(ROUTER_ADDRESS)).await?;
+    for segment in (0..segments).map(Segment) {
+        let bridge = rtnl.add_bridge(&segment.bridge()).await?;
+        rtnl.set_up(bridge).await?;
+        rtnl.add_address(bridge, lan_address(segment.router())).await?;
+        if segments > 1 && dual_stack {
+            rtnl.add_address(bridge, lan_address6(segment.router6())).await?;
+        }
+    }
     Ok(netns)
 }
 
-async fn make_client(territory: &Territory, lan: &Netns, binary: &Path, dual_stack: bool) -> Result<Client, LabError> {
+/// Tells the router where the pods of a node are.
+async fn route_pods(router: &Netns, node: &Node) -> Result<(), LabError> {
+    let rtnl = Rtnl::open_in(router)?;
+    let ifindex = rtnl.device(&node.inner.segment.bridge()).await?.ifindex;
+    let via = Some(node.address().into());
+    rtnl.add_route(Route { to: node.pod_cidr().into(), via, ifindex, source: None }).await?;
+    if let (Some(cidr), Some(via)) = (node.pod_cidr6(), node.address6()) {
+        rtnl.add_route(Route { to: cidr.into(), via: Some(via.into()), ifindex, source: None }).await?;
+    }
+    Ok(())
+}
+
+async fn make_client(
+    territory: &Territory,
+    lan: &Netns,
+    binary: &Path,
+    (dual_stack, routed): (bool, bool),
+) -> Result<Client, LabError> {
     let netns = territory.netns("client")?;
-    plug_in(lan, "client", &netns, CLIENT_ADDRESS, dual_stack.then_some(CLIENT_ADDRESS6)).await?;
+    plug_in(lan, Segment(0), "client", &netns, (CLIENT_ADDRESS, dual_stack.then_some(CLIENT_ADDRESS6)), routed).await?;
     let cgroup = territory.make_cgroup("client")?;
     Ok(Client::new(netns, cgroup, binary.to_path_buf(), territory.dir().join("logs")))
 }
 
 async fn make_node(lab: &Lab, number: usize) -> Result<Node, LabError> {
-    let Lab { territory, lan, binary, dual_stack, .. } = lab;
+    let Lab { territory, lan, binary, dual_stack, segments, .. } = lab;
     let dual_stack = *dual_stack;
     let name = format!("node-{number}");
     let short = u8::try_from(number).map_err(|_| LabError::Invalid(format!("no node can have number {number}")))?;
-    let address = Ipv4Addr::new(10, 0, 0, 10 + short);
+    let segment = Segment((short - 1) % segments);
+    let address = segment.address(10 + short);
     let netns = territory.netns(&name)?;
     // A router, like every node with pods. Strict reverse-path filtering where the distributions that ask for it do:
     // the kernel takes the stricter of `all` and the interface.
@@ -165,8 +239,8 @@ async fn make_node(lab: &Lab, number: usize) -> Result<Node, LabError> {
     if dual_stack {
         sysctl::write_in(&netns, &[("ipv6/conf/all/forwarding", "1"), ("ipv6/conf/default/forwarding", "1")])?;
     }
-    let address6 = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x10 + u16::from(short));
-    plug_in(lan, &name, &netns, address, dual_stack.then_some(address6)).await?;
+    let address6 = segment.address6(0x10 + u16::from(short));
+    plug_in(lan, segment, &name, &netns, (address, dual_stack.then_some(address6)), *segments > 1).await?;
     sysctl::write_in(&netns, &[("ipv4/conf/eth0/rp_filter", "1")])?;
     let dir = territory.dir().join(&name);
     for below in ["config", "state"] {
@@ -180,24 +254,39 @@ async fn make_node(lab: &Lab, number: usize) -> Result<Node, LabError> {
     let lan = lan.clone();
     let binary = binary.clone();
     let pods = Mutex::new(Vec::new());
-    let inner =
-        NodeInner { number, name, address, pod_cidr, netns, lan, cgroup, dir, lab_dir, binary, pods, dual_stack };
+    let inner = NodeInner {
+        number,
+        name,
+        address,
+        segment,
+        pod_cidr,
+        netns,
+        lan,
+        cgroup,
+        dir,
+        lab_dir,
+        binary,
+        pods,
+        dual_stack,
+    };
     Ok(Node { inner: Arc::new(inner) })
 }
 
 /// A cable from the bridge to `eth0` of a host, its address, and its way out.
 async fn plug_in(
     lan: &Netns,
+    segment: Segment,
     port: &str,
     host: &Netns,
-    address: Ipv4Addr,
-    address6: Option<Ipv6Addr>,
+    (address, address6): (Ipv4Addr, Option<Ipv6Addr>),
+    routed: bool,
 ) -> Result<(), LabError> {
     if address6.is_some() {
         sysctl::write_in(host, &NO_DAD)?;
     }
     let switch = Rtnl::open_in(lan)?;
-    let bridge = switch.device(BRIDGE).await?.ifindex;
+    let router6 = address6.map(|_| segment.router6()).filter(|_| routed);
+    let bridge = switch.device(&segment.bridge()).await?.ifindex;
     let near = switch.add_veth(port, "eth0", host).await?;
     switch.set_master(near, bridge).await?;
     switch.set_up(near).await?;
@@ -207,10 +296,15 @@ async fn plug_in(
     rtnl.add_address(eth0, lan_address(address)).await?;
     rtnl.set_up(eth0).await?;
     if let Some(address6) = address6 {
-        rtnl.add_address(eth0, IpNet::V6(Ipv6Net::new_assert(address6, 64))).await?;
+        rtnl.add_address(eth0, lan_address6(address6)).await?;
     }
-    let default =
-        Route { to: Ipv4Net::default().into(), via: Some(ROUTER_ADDRESS.into()), ifindex: eth0, source: None };
+    // Where there is one: see `make_lan`.
+    if let Some(via) = router6 {
+        let to = Ipv6Net::default().into();
+        rtnl.add_route(Route { to, via: Some(via.into()), ifindex: eth0, source: None }).await?;
+    }
+    let via = Some(segment.router().into());
+    let default = Route { to: Ipv4Net::default().into(), via, ifindex: eth0, source: None };
     Ok(rtnl.add_route(default).await?)
 }
 
@@ -264,8 +358,11 @@ async fn make_pod(territory: &Territory, node: &Node, number: usize, binary: &Pa
     Ok(Pod { inner: Arc::new(PodInner { name, node, address, netns, cgroup, log, binary, server }) })
 }
 
-/// Tells `from` where the pods of `to` are.
+/// Tells `from` where the pods of `to` are; the router knows it on other segments.
 async fn connect_pods(from: &Node, to: &Node) -> Result<(), LabError> {
+    if from.inner.segment.0 != to.inner.segment.0 {
+        return Ok(());
+    }
     let rtnl = Rtnl::open_in(from.netns())?;
     let eth0 = rtnl.device("eth0").await?.ifindex;
     let route = Route { to: to.pod_cidr().into(), via: Some(to.address().into()), ifindex: eth0, source: None };
@@ -283,6 +380,10 @@ async fn set_loopback_up(rtnl: &Rtnl) -> Result<(), LabError> {
 
 fn lan_address(address: Ipv4Addr) -> IpNet {
     IpNet::V4(Ipv4Net::new_assert(address, 24))
+}
+
+fn lan_address6(address: Ipv6Addr) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(address, 64))
 }
 
 fn host_address(address: Ipv4Addr) -> IpNet {

@@ -9,7 +9,8 @@
 //!
 //! `kinesin lab` and every test of nodes are made of this. Nothing touches the host's own namespace; everything carries
 //! the lab's id, disappears with the [`Lab`] (also after a panic), and what a killed run left behind is removed by
-//! the next lab of the same name. IPv6 addresses are there when they are asked for: see [`LabBuilder::dual_stack`]. Deliberately
+//! the next lab of the same name. With [`LabBuilder::segments`] there are several LANs, 10.0.0.0/24, 10.0.1.0/24 and so on,
+//! with the router between them. IPv6 addresses are there when they are asked for: see [`LabBuilder::dual_stack`]. Deliberately
 //! absent: a container runtime and a CNI plugin.
 
 mod agent;
@@ -43,7 +44,7 @@ pub const HTTP_PORT: u16 = 8080;
 pub const ECHO_PORT: u16 = 7777;
 /// The client's address on the LAN.
 pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 50);
-/// The router's address on the LAN. It answers ARP and forwards nothing.
+/// The router's address on the LAN. It answers ARP, and forwards where the lab has several segments.
 pub const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 /// The client's IPv6 address on the LAN, where there is one.
 pub const CLIENT_ADDRESS6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x50);
@@ -89,6 +90,7 @@ pub struct Lab {
     lan: Netns,
     binary: PathBuf,
     dual_stack: bool,
+    segments: u8,
     territory: Territory,
 }
 

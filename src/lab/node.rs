@@ -9,6 +9,7 @@ use std::time::Duration;
 use ipnet::{Ipv4Net, Ipv6Net};
 use tokio::time::Instant;
 
+use super::builder::Segment;
 use super::client::{GET_LIMIT, LoadHandle, Response, get_from};
 use super::programs::ClientOptions;
 use super::{ECHO_PORT, HTTP_PORT, LabError};
@@ -26,6 +27,7 @@ pub(super) struct NodeInner {
     pub(super) number: usize,
     pub(super) name: String,
     pub(super) address: Ipv4Addr,
+    pub(super) segment: Segment,
     pub(super) pod_cidr: Ipv4Net,
     pub(super) netns: Netns,
     pub(super) lan: Netns,
@@ -48,15 +50,14 @@ impl Node {
         &self.inner.name
     }
 
-    /// Its address on the LAN.
+    /// Its address on its segment.
     pub fn address(&self) -> Ipv4Addr {
         self.inner.address
     }
 
     /// Its IPv6 address on the LAN, `fd00:10::11` and up, where the lab has such.
     pub fn address6(&self) -> Option<Ipv6Addr> {
-        let last = 0x10 + self.number() as u16;
-        self.inner.dual_stack.then(|| Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, last))
+        self.inner.dual_stack.then(|| self.inner.segment.address6(0x10 + self.number() as u16))
     }
 
     /// The IPv6 addresses of its pods, where the lab has such.

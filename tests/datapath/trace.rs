@@ -10,13 +10,14 @@ use std::sync::Arc;
 use kinesin::datapath::{HookStatus, MapStore, detach_all};
 use kinesin::trace::Live;
 use kinesin_abi::{
-    Direction, DropReason, FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, SETTING_ANSWER_PING, SOURCE_RANGE_BITS,
-    SetRef, SourceRange, SourceRangeKey, frontend_flags, proto,
+    Backend, Direction, DropReason, FrontendKind, FrontendValue, MAGLEV_TABLE_SIZE, PEER_BY_ROUTE, PEER_TAKES_NEW,
+    PeerKey, PeerValue, SETTING_ANSWER_PING, SOURCE_RANGE_BITS, SetRef, SourceRange, SourceRangeKey, frontend_flags,
+    proto,
 };
 use kinesin_core::plan::Op;
 use kinesin_core::trace::{Packet, Place, Question, Step, Trace, Tuple, Verdict, place, trace};
 
-use crate::packets::{SYN, checksum, ends, ipv4, tcp, udp};
+use crate::packets::{IP, SYN, checksum, ends, ipv4, tcp, udp};
 use crate::rig::*;
 use crate::sockets::Cgroup;
 
@@ -26,6 +27,8 @@ enum Seen {
     Untouched,
     Translated(SocketAddr, SocketAddr),
     Sent(SocketAddr, SocketAddr),
+    HandedOn,
+    Wrapped(IpAddr, IpAddr),
     Answered,
     Dropped { reason: u8, told: bool },
 }
@@ -73,7 +76,15 @@ impl Traced {
             assert_eq!(code, NEXT, "{packet:?}");
             return Seen::Untouched;
         }
+        if out[IP + 9] == proto::IPIP {
+            let addr = |at: usize| IpAddr::from([out[at], out[at + 1], out[at + 2], out[at + 3]]);
+            return Seen::Wrapped(addr(IP + 12), addr(IP + 16));
+        }
         let (src, dst) = ends(&out);
+        if (src, dst) == ends(&frame) {
+            assert_eq!(code, REDIRECT, "{packet:?}");
+            return Seen::HandedOn;
+        }
         let (src, dst) = (SocketAddr::from(src), SocketAddr::from(dst));
         if code == REDIRECT { Seen::Sent(src, dst) } else { Seen::Translated(src, dst) }
     }
@@ -127,6 +138,8 @@ fn matches(said: &Verdict, seen: &Seen) -> bool {
         (Verdict::Pass { .. }, Seen::Untouched) | (Verdict::Answered { .. }, Seen::Answered) => true,
         (Verdict::Translated(to), Seen::Translated(src, dst)) => tuple(to, src, dst),
         (Verdict::Sent { tuple: to, .. }, Seen::Sent(src, dst)) => tuple(to, src, dst),
+        (Verdict::HandedOn { .. }, Seen::HandedOn) => true,
+        (Verdict::Wrapped { from, to, .. }, Seen::Wrapped(src, dst)) => (from, to) == (src, dst),
         (Verdict::Dropped { number, told, .. }, Seen::Dropped { reason, told: was }) => {
             number == reason && told.is_some() == *was
         }
@@ -166,6 +179,25 @@ const OTHER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 77);
 const FAR: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
 
 /// Services of every kind that the map can hold, sensible or not, on ports of [`VIP`], [`NODE`] and [`CLUSTER_IP`].
+/// Tags of a node on the segment, and of one beyond the router.
+const NEAR_TAG: u32 = 0x111;
+const FAR_TAG: u32 = 0x222;
+
+fn peers(rig: &Rig) {
+    let near = PeerValue {
+        mac: [0x0202, 0, 0x1100],
+        flags: PEER_TAKES_NEW,
+        ifindex: rig.lan,
+        node: NEAR_TAG,
+        ..PeerValue::default()
+    };
+    let ipv4 = u32::from_ne_bytes([10, 7, 0, 12]);
+    let far = PeerValue { flags: PEER_TAKES_NEW | PEER_BY_ROUTE, node: FAR_TAG, ipv4, ..PeerValue::default() };
+    for value in [near, far] {
+        rig.maps.put_peer(&PeerKey::of_node(value.node), &value).unwrap();
+    }
+}
+
 fn generated(numbers: &mut Numbers, services: u16) -> Vec<Op> {
     let mut ops = Vec::new();
     for (n, protocol) in (0..BACKENDS).flat_map(|n| [(n, proto::TCP), (n, proto::UDP)]) {
@@ -177,7 +209,8 @@ fn generated(numbers: &mut Numbers, services: u16) -> Vec<Op> {
             2 => (Ipv4Addr::new(10, 42, 9, last), false),
             _ => continue,
         };
-        ops.push(Op::Backend(id, backend(pod.0, 8000 + last as u16, protocol, pod.1)));
+        let flags = Backend::flags_of(pod.1, if pod.1 { 0 } else { [0, NEAR_TAG, FAR_TAG][n as usize / 4 % 3] });
+        ops.push(Op::Backend(id, Backend { flags, ..backend(pod.0, 8000 + last as u16, protocol, pod.1) }));
     }
     let mut slot = FIRST_SLOT;
     for n in 0..services {
@@ -201,6 +234,8 @@ fn generated(numbers: &mut Numbers, services: u16) -> Vec<Op> {
             flags |= if numbers.one_in(rarity) { bit } else { 0 };
         }
         flags |= if numbers.one_in(8) { 0 } else { frontend_flags::ROUTABLE };
+        flags |= [frontend_flags::FORWARDING_SNAT, frontend_flags::FORWARDING_L2, frontend_flags::FORWARDING_IPIP]
+            [numbers.below(3) as usize];
         let service = 100 + u32::from(n);
         if flags & frontend_flags::SOURCE_RANGES != 0 {
             let list = if flags & frontend_flags::SOURCE_RANGES_DENY != 0 { 1 } else { 0 };
@@ -236,6 +271,7 @@ fn what_a_trace_says_is_what_the_programs_do() {
         let mut numbers = Numbers(7);
         let ops = generated(&mut numbers, SERVICES);
         let mut traced = Traced::new(&ops);
+        peers(&traced.rig);
         let clients = [CLIENT, OTHER, FAR, Ipv4Addr::new(0, 0, 0, 5)];
         let (mut verdicts, mut known, mut recent) = (BTreeSet::new(), 0, Vec::new());
         for _ in 0..2500 {
@@ -270,7 +306,7 @@ fn what_a_trace_says_is_what_the_programs_do() {
                 asked = *again;
             }
             let (said, seen) = traced.agree(&asked);
-            if matches!(seen, Seen::Translated(..) | Seen::Sent(..)) {
+            if !matches!(seen, Seen::Untouched | Seen::Answered | Seen::Dropped { .. }) {
                 recent.push(asked);
                 if recent.len() > 20 {
                     recent.remove(0);
@@ -295,7 +331,7 @@ fn what_a_trace_says_is_what_the_programs_do() {
         ] {
             assert!(verdicts.contains(&format!("dropped {} false", reason as u8)), "{reason:?}: {verdicts:?}");
         }
-        for verdict in ["Untouched", "Translated", "Sent", "Answered", "dropped 158 true"] {
+        for verdict in ["Untouched", "Translated", "Sent", "HandedOn", "Wrapped", "Answered", "dropped 158 true"] {
             assert!(verdicts.contains(verdict), "{verdict}: {verdicts:?}");
         }
         assert!(known > 300, "only {known} packets of known connections");

@@ -1,8 +1,9 @@
-//! To which nodes packets can be handed on as they are (dispatch `l2`), as seen from one node.
+//! To which nodes packets can be handed on as they are, as seen from one node.
 //!
-//! A peer is a node whose agent lives, says that it takes such packets, and is a neighbour: it has an address in a network
-//! of one of our devices, and answers there under the MAC that it says is its own. Everything else is no error: packets
-//! for its backends go with this node's address as source. Deliberately absent: asking neighbours, and the maps.
+//! A peer is a node whose agent lives and says that it takes such packets. A neighbour (dispatch `l2`) has an address in a
+//! network of one of our devices, and answers there under the MAC that it says is its own. One that has none is reached by
+//! route, where the dispatch leads there. Everything else is no error: packets for its backends go with this node's
+//! address as source. Deliberately absent: asking neighbours and routing tables, and the maps.
 
 #[cfg(test)]
 mod tests;
@@ -12,11 +13,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use kinesin_abi::{Addr, NODE_TAG_MAX, NodeTag, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
+use kinesin_abi::{Addr, NODE_TAG_MAX, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 use smol_str::SmolStr;
 
 use crate::devices::{Device, mac_text};
 use crate::presence::{Link, Record};
+use crate::services::Dispatch;
 
 /// The tag of a node's name; 0 for the empty name. FNV-1a, folded: part of the contract between maps and agents of all
 /// versions, like the layout.
@@ -35,6 +37,8 @@ pub struct Peer {
     pub node: SmolStr,
     /// Where it is on a segment of ours, if it is.
     pub way: Option<Way>,
+    /// All that it says of its links.
+    pub links: Vec<Link>,
     /// Whether new connections may be handed on to it.
     pub state: State,
 }
@@ -50,11 +54,32 @@ pub struct Way {
     pub link: Link,
 }
 
+/// The way to nodes on other segments.
+#[derive(Clone, Debug, Default)]
+pub struct Beyond {
+    /// How packets go there; as [`Dispatch::L2`] they do not.
+    pub dispatch: Dispatch,
+    /// What the routing tables refuse to lead to, and why.
+    pub refused: BTreeMap<IpAddr, String>,
+}
+
+/// The shortest MTU that takes every packet of IPv6 (RFC 8200 section 5) inside another one, bytes.
+const WRAPPED_MIN: u32 = 1280 + 40;
+
 /// Whether new connections may be handed on to a peer, and if not, why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
     /// They may.
     Neighbour,
+    /// They may, by route and in this way.
+    Routed(Dispatch),
+    /// It is on no segment of ours, and its agent says nothing of the way in which packets would go there: it is older.
+    Untaken(Dispatch),
+    /// It is on no segment of ours, and its MTU (bytes) leaves no room for what the shortest packets of IPv6 would be
+    /// wrapped in.
+    Narrow(u32),
+    /// It is on no segment of ours, and the routing tables lead to none of its addresses.
+    NoRoute(String),
     /// Its agent says nothing of its links: it is older, or its programs are not attached.
     Mute,
     /// It has no address in a network of a selected device.
@@ -79,6 +104,10 @@ impl State {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Neighbour => "neighbour",
+            Self::Routed(_) => "routed",
+            Self::Untaken(_) => "untaken",
+            Self::Narrow(_) => "narrow",
+            Self::NoRoute(_) => "no-route",
             Self::Mute => "mute",
             Self::Elsewhere => "elsewhere",
             Self::Mtu { .. } => "mtu",
@@ -89,13 +118,30 @@ impl State {
     }
 
     /// Every [`Self::label`], so that metrics fall to zero.
-    pub const LABELS: [&'static str; 7] =
-        ["neighbour", "mute", "elsewhere", "mtu", "unresolved", "other-mac", "tag-taken"];
+    pub const LABELS: [&'static str; 11] = [
+        "neighbour",
+        "routed",
+        "untaken",
+        "narrow",
+        "no-route",
+        "mute",
+        "elsewhere",
+        "mtu",
+        "unresolved",
+        "other-mac",
+        "tag-taken",
+    ];
 
     /// For people: how packets get to the backends of the node.
     pub fn text(&self) -> String {
         match self {
             Self::Neighbour => "l2".into(),
+            Self::Routed(way) => way.text().into(),
+            Self::Untaken(way) => format!("snat: its agent does not take {} (older)", way.text()),
+            Self::Narrow(mtu) => {
+                format!("snat: its MTU is {mtu}, less than the {WRAPPED_MIN} that wrapped packets need")
+            }
+            Self::NoRoute(why) => format!("snat: no way there: {why}"),
             Self::Mute => "snat: its agent does not take handed-on packets (older, or programs not attached)".into(),
             Self::Elsewhere => "snat: not on a segment of this node".into(),
             Self::Mtu { theirs, ours } => format!("snat: its MTU is {theirs}, this node's {ours}"),
@@ -127,6 +173,7 @@ pub fn judge(
     devices: &[&Device],
     members: &BTreeMap<SmolStr, Arc<Record>>,
     neighbours: &[Neighbour],
+    beyond: &Beyond,
 ) -> Vec<Peer> {
     let mut tags: BTreeMap<NodeTag, SmolStr> = BTreeMap::from([(tag(me), SmolStr::new(me))]);
     let mut peers = Vec::new();
@@ -137,10 +184,10 @@ pub fn judge(
         let state = match (&way, other) {
             (_, Some(other)) => State::TagTaken(other),
             (None, None) if record.links.is_empty() => State::Mute,
-            (None, None) => State::Elsewhere,
+            (None, None) => route(record, beyond),
             (Some(way), None) => reach(way, devices, neighbours),
         };
-        peers.push(Peer { node: node.clone(), way, state });
+        peers.push(Peer { node: node.clone(), way, links: record.links.clone(), state });
     }
     // Of two with one tag neither can be meant.
     let taken: BTreeMap<SmolStr, SmolStr> = peers
@@ -171,6 +218,35 @@ fn way(devices: &[&Device], links: &[Link]) -> Option<Way> {
     })
 }
 
+/// The addresses of a link that wrapped packets go to and come from: the first of either family.
+fn ends(link: &Link) -> impl Iterator<Item = IpAddr> {
+    let first = |v4: bool| link.addresses.iter().map(IpNet::addr).find(|ip| ip.is_ipv4() == v4);
+    [first(true), first(false)].into_iter().flatten()
+}
+
+/// The addresses that packets for a node on another segment would go to, for asking the routing tables.
+pub fn destinations(links: &[Link]) -> impl Iterator<Item = IpAddr> {
+    let first = |v4: bool| links.iter().flat_map(ends).find(move |ip| ip.is_ipv4() == v4);
+    [first(true), first(false)].into_iter().flatten()
+}
+
+/// A node that is on no segment of ours.
+fn route(record: &Record, beyond: &Beyond) -> State {
+    let Some(taken_as) = beyond.dispatch.taken_as() else { return State::Elsewhere };
+    if !record.takes.iter().any(|taken| taken == taken_as) {
+        return State::Untaken(beyond.dispatch);
+    }
+    if let Some(mtu) = record.links.iter().map(|link| link.mtu).find(|mtu| (1..WRAPPED_MIN).contains(mtu)) {
+        return State::Narrow(mtu);
+    }
+    let refused = |ip: IpAddr| beyond.refused.get(&ip).map(|why| format!("{ip}: {why}"));
+    let refusals: Option<Vec<String>> = destinations(&record.links).map(refused).collect();
+    match refusals {
+        Some(whys) => State::NoRoute(whys.join(", ")),
+        None => State::Routed(beyond.dispatch),
+    }
+}
+
 fn reach(way: &Way, devices: &[&Device], neighbours: &[Neighbour]) -> State {
     let ours = devices.iter().find(|device| device.ifindex == way.ifindex).map_or(0, |device| device.mtu);
     let theirs = way.link.mtu;
@@ -185,6 +261,18 @@ fn reach(way: &Way, devices: &[&Device], neighbours: &[Neighbour]) -> State {
     }
 }
 
+/// A node at these addresses, one of either family at most.
+fn at(node: NodeTag, ips: impl Iterator<Item = IpAddr>) -> PeerValue {
+    let mut value = PeerValue { node, ..PeerValue::default() };
+    for ip in ips {
+        match ip {
+            IpAddr::V4(v4) => value.ipv4 = Addr::from(v4).v4_raw(),
+            IpAddr::V6(v6) => value.ipv6 = v6.into(),
+        }
+    }
+    value
+}
+
 /// What the peers hash should hold. `held` is what it holds; `known` says whether a tag belongs to a node that exists.
 /// Peers that have left stay, for the connections that they have, but take no new ones; nodes that are gone go.
 pub fn entries(
@@ -196,24 +284,27 @@ pub fn entries(
     let mut wanted = BTreeMap::new();
     let mut present = BTreeSet::new();
     for peer in peers {
-        let Some(way) = &peer.way else { continue };
-        if matches!(peer.state, State::TagTaken(_)) {
+        if peer.links.is_empty() || matches!(peer.state, State::TagTaken(_)) {
             continue;
         }
         let node = tag(&peer.node);
         present.insert(node);
-        let primary = |v4: bool| way.link.addresses.iter().map(IpNet::addr).find(|ip| ip.is_ipv4() == v4);
-        let takes_new = enabled && peer.state == State::Neighbour;
-        let value = PeerValue {
-            mac: mac_words(way.link.mac),
-            flags: if takes_new { PEER_TAKES_NEW } else { 0 },
-            ifindex: way.ifindex,
-            node,
-            ipv4: primary(true).map_or(0, |ip| Addr::from(ip).v4_raw()),
-            ipv6: primary(false).map_or(Addr::UNSPECIFIED, Addr::from),
+        let takes_new = enabled && matches!(peer.state, State::Neighbour | State::Routed(_));
+        let takes_new = if takes_new { PEER_TAKES_NEW } else { 0 };
+        let value = match &peer.way {
+            Some(Way { ifindex, link, .. }) => {
+                PeerValue { mac: mac_words(link.mac), flags: takes_new, ifindex: *ifindex, ..at(node, ends(link)) }
+            }
+            None => PeerValue { flags: takes_new | PEER_BY_ROUTE, ..at(node, destinations(&peer.links)) },
         };
         wanted.insert(PeerKey::of_node(node), value);
-        wanted.insert(PeerKey::of_mac(way.link.mac), value);
+        if let Some(way) = &peer.way {
+            wanted.insert(PeerKey::of_mac(way.link.mac), value);
+        }
+        for link in &peer.links {
+            let value = PeerValue { flags: PEER_BY_ROUTE, ..at(node, ends(link)) };
+            wanted.extend(ends(link).map(|ip| (PeerKey::of_addr(&ip.into()), value)));
+        }
     }
     for (key, value) in held {
         if !present.contains(&value.node) && known(value.node) {

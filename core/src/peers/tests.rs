@@ -33,8 +33,13 @@ fn neighbour(mac: [u8; 6]) -> Neighbour {
     Neighbour { ifindex: 7, address: [10, 0, 0, 12].into(), mac }
 }
 
+/// Nothing goes to other segments.
+fn near() -> Beyond {
+    Beyond { dispatch: Dispatch::L2, ..Beyond::default() }
+}
+
 fn state(links: &[Link], neighbours: &[Neighbour]) -> State {
-    let peers = judge("a", &[&device()], &members(&[("a", &[]), ("b", links)]), neighbours);
+    let peers = judge("a", &[&device()], &members(&[("a", &[]), ("b", links)]), neighbours, &near());
     assert_eq!(peers.len(), 1, "never this node itself");
     peers[0].state.clone()
 }
@@ -73,7 +78,7 @@ fn of_two_names_with_one_tag_neither_is_used() {
         .find_map(|name| seen.insert(tag(&name), name.clone()).map(|before| (before, name)))
         .expect("24 bits are not for ever");
     let links = [link("10.0.0.12/24")];
-    let peers = judge("a", &[&device()], &members(&[(&one, &links), (&other, &links)]), &[neighbour(THERE)]);
+    let peers = judge("a", &[&device()], &members(&[(&one, &links), (&other, &links)]), &[neighbour(THERE)], &near());
     assert!(peers.iter().all(|peer| matches!(peer.state, State::TagTaken(_))), "{peers:?}");
     assert_eq!(entries(&peers, true, &[], |_| true), BTreeMap::new());
 }
@@ -81,7 +86,7 @@ fn of_two_names_with_one_tag_neither_is_used() {
 #[test]
 fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_is_gone() {
     let links = [link("10.0.0.12/24")];
-    let peers = judge("a", &[&device()], &members(&[("b", &links)]), &[neighbour(THERE)]);
+    let peers = judge("a", &[&device()], &members(&[("b", &links)]), &[neighbour(THERE)], &near());
     let there = entries(&peers, true, &[], |_| true);
     let value = there[&PeerKey::of_node(tag("b"))];
     assert_eq!(there[&PeerKey::of_mac(THERE)], value);
@@ -89,10 +94,58 @@ fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_
     assert_eq!(value.ipv4.to_ne_bytes(), [10, 0, 0, 12]);
     let held: Vec<_> = there.into_iter().collect();
     let left = entries(&[], true, &held, |node| node == tag("b"));
-    assert!(left.len() == 2 && left.values().all(|left| *left == PeerValue { flags: 0, ..value }));
+    let of_b = [PeerKey::of_node(tag("b")), PeerKey::of_mac(THERE)];
+    assert!(left.len() == 3 && of_b.iter().all(|key| left[key] == PeerValue { flags: 0, ..value }));
     assert_eq!(entries(&[], true, &held, |_| false), BTreeMap::new());
     let off = entries(&peers, false, &held, |_| true);
-    assert!(off.len() == 2 && off.values().all(|value| value.flags == 0));
+    assert!(off.len() == 3 && off.values().all(|value| value.flags & PEER_TAKES_NEW == 0));
+}
+
+/// The state of a node on another segment, and what the map holds for it.
+fn beyond(links: &[Link], takes: &[&str], beyond: &Beyond) -> (State, BTreeMap<PeerKey, PeerValue>) {
+    let takes = takes.iter().map(SmolStr::new).collect();
+    let record = Record { node: "b".into(), links: links.to_vec(), takes, ..Record::default() };
+    let members = BTreeMap::from([(SmolStr::new("b"), Arc::new(record))]);
+    let peers = judge("a", &[&device()], &members, &[], beyond);
+    (peers[0].state.clone(), entries(&peers, true, &[], |_| true))
+}
+
+#[test]
+fn a_node_on_another_segment_is_reached_by_route_where_the_dispatch_leads_there_and_it_takes_that() {
+    let far =
+        Link { addresses: vec![net("10.0.1.12/24"), net("10.0.1.99/24"), net("fd01::12/64")], ..link("10.0.1.12/24") };
+    let links = [far.clone(), Link { mac: [2, 0, 0, 0, 0, 3], ..link("172.16.0.12/16") }];
+    let ipip = Beyond { dispatch: Dispatch::Ipip, ..Beyond::default() };
+    let (state, map) = beyond(&links, &["ipip"], &ipip);
+    assert_eq!(state, State::Routed(Dispatch::Ipip));
+    let value = map[&PeerKey::of_node(tag("b"))];
+    assert_eq!((value.flags, value.ifindex, value.mac), (PEER_TAKES_NEW | PEER_BY_ROUTE, 0, [0; 3]));
+    assert_eq!(
+        (value.ipv4.to_ne_bytes(), value.ipv6),
+        ([10, 0, 1, 12], "fd01::12".parse::<std::net::Ipv6Addr>().expect("address").into())
+    );
+    // Its packets are known by the first address of each link and family.
+    let by: Vec<IpAddr> = ["10.0.1.12", "fd01::12", "172.16.0.12"].map(|ip| ip.parse().expect("address")).to_vec();
+    assert!(by.iter().all(|ip| map[&PeerKey::of_addr(&(*ip).into())].node == tag("b")));
+    assert_eq!(map.len(), 1 + by.len());
+
+    // What it sends is taken whatever this node sends.
+    let (state, map) = beyond(&links, &["ipip"], &near());
+    assert_eq!((state, map.len()), (State::Elsewhere, 4));
+    assert!(map.values().all(|value| value.flags == PEER_BY_ROUTE));
+
+    assert_eq!(beyond(&links, &[], &ipip).0, State::Untaken(Dispatch::Ipip));
+    assert_eq!(beyond(&[Link { mtu: 1300, ..far.clone() }], &["ipip"], &ipip).0, State::Narrow(1300));
+    let refuse = |ips: &[&str]| Beyond {
+        refused: ips.iter().map(|ip| (ip.parse().expect("address"), "network unreachable".into())).collect(),
+        ..ipip.clone()
+    };
+    assert_eq!(beyond(&links, &["ipip"], &refuse(&["10.0.1.12"])).0, State::Routed(Dispatch::Ipip));
+    let none = beyond(&links, &["ipip"], &refuse(&["10.0.1.12", "fd01::12"])).0;
+    assert_eq!(none.text(), "snat: no way there: 10.0.1.12: network unreachable, fd01::12: network unreachable");
+    for state in [State::Untaken(Dispatch::Ipip), State::Narrow(1300), none, State::Routed(Dispatch::Ipip)] {
+        assert!(State::LABELS.contains(&state.label()));
+    }
 }
 
 #[test]

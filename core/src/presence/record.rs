@@ -16,6 +16,9 @@ use crate::objects::Lease;
 /// The annotation.
 pub const ANNOTATION: &str = "kinesin.io/presence";
 
+/// It takes off what packets are wrapped in.
+pub const TAKES_IPIP: &str = "ipip";
+
 /// More addresses than any node announces; a record that lists more is not believed.
 const MAX_CLAIMS: usize = 1 << 17;
 
@@ -43,6 +46,9 @@ pub struct Record {
     /// Links on which it takes packets that others hand on to it as they are; none while its programs are not ready.
     #[serde(rename = "l", default, skip_serializing_if = "Vec::is_empty")]
     pub links: Vec<Link>,
+    /// In which other ways it takes packets that others hand on to it: [`TAKES_IPIP`].
+    #[serde(rename = "t", default, skip_serializing_if = "Vec::is_empty")]
+    pub takes: Vec<SmolStr>,
     /// Addresses that it answers for, sorted.
     #[serde(
         rename = "c",

@@ -5,6 +5,7 @@ use kinesin_abi::{frontend_flags, proto};
 use super::problems::Problems;
 use super::{Algorithm, NodeContext};
 use crate::objects::Service;
+use crate::presence::TAKES_IPIP;
 
 /// How packets of this Service get to backends on other nodes.
 const MODE: &str = "service.cilium.io/forwarding-mode";
@@ -19,6 +20,8 @@ pub enum Dispatch {
     Snat,
     /// As they are, to a node on the same segment, which answers the client itself; else as [`Self::Snat`].
     L2,
+    /// As [`Self::L2`]; to nodes elsewhere inside another IP packet, where they take it.
+    Ipip,
 }
 
 impl Dispatch {
@@ -27,6 +30,25 @@ impl Dispatch {
         match self {
             Self::Snat => frontend_flags::FORWARDING_SNAT,
             Self::L2 => frontend_flags::FORWARDING_L2,
+            Self::Ipip => frontend_flags::FORWARDING_IPIP,
+        }
+    }
+
+    /// The name that keys and status show.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Snat => "snat",
+            Self::L2 => "l2",
+            Self::Ipip => "ipip",
+        }
+    }
+
+    /// What a node's presence record must say for packets to go to it in this way when it is elsewhere; none where nothing
+    /// goes there.
+    pub fn taken_as(self) -> Option<&'static str> {
+        match self {
+            Self::Snat | Self::L2 => None,
+            Self::Ipip => Some(TAKES_IPIP),
         }
     }
 }

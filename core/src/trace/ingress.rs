@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use kinesin_abi::{
     Addr, Be16, DEVICE_ETHERNET, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey,
-    FrontendKind, FrontendValue, L2Key, NodeTag, PEER_TAKES_NEW, PeerKey, SETTING_REJECT_NO_BACKEND, frontend_flags,
-    proto,
+    FrontendKind, FrontendValue, L2Key, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
+    SETTING_REJECT_NO_BACKEND, frontend_flags, proto,
 };
 
 use super::flows::tuple;
@@ -97,7 +97,7 @@ impl<V: View> Tracer<'_, V> {
                 backend.filter(|backend| backend.addr == flow.dst).map(|backend| backend.node())
             };
             if let Some(node) = node
-                && let Some(verdict) = self.hand_on(ifindex, node, 0)?
+                && let Some(verdict) = self.hand_on(ifindex, node, false, true)?
             {
                 return Ok(sure(verdict));
             }
@@ -151,12 +151,34 @@ impl<V: View> Tracer<'_, V> {
         Ok(sure(self.written(verdict)))
     }
 
-    /// To the node of a backend as it is, where that is a neighbour on the packet's device with these flags.
-    fn hand_on(&self, ifindex: u32, node: NodeTag, flags: u16) -> Result<Option<Verdict>, V::Error> {
+    /// To the node of a backend as it is: one that takes `new` connections, or any; a neighbour on the packet's device, or
+    /// one by route where the way may be `far`.
+    fn hand_on(&self, ifindex: u32, node: NodeTag, new: bool, far: bool) -> Result<Option<Verdict>, V::Error> {
         let peer = self.view.peer(&PeerKey::of_node(node))?;
-        let peer = peer.filter(|peer| peer.ifindex == ifindex && peer.flags & flags == flags);
-        Ok(peer
-            .map(|peer| Verdict::HandedOn { mac: mac_text(peer.mac_bytes()), device: self.view.device_name(ifindex) }))
+        let Some(peer) = peer.filter(|peer| !new || peer.flags & PEER_TAKES_NEW != 0) else { return Ok(None) };
+        if peer.flags & PEER_BY_ROUTE == 0 {
+            let device = self.view.device_name(ifindex);
+            let mac = mac_text(peer.mac_bytes());
+            return Ok((peer.ifindex == ifindex).then_some(Verdict::HandedOn { mac, device }));
+        }
+        if far { self.wrap(ifindex, &peer) } else { Ok(None) }
+    }
+
+    /// To a node by route, inside another packet; none where there is no address or no way.
+    fn wrap(&self, ifindex: u32, peer: &PeerValue) -> Result<Option<Verdict>, V::Error> {
+        let to = if self.packet.dst.is_ipv6() { peer.ipv6 } else { Addr::from_v4_raw(peer.ipv4) };
+        if to.is_unspecified() || to == Addr::from_v4_raw(0) {
+            return Ok(None);
+        }
+        let Some((_, own)) = self.source_address(ifindex, ifindex)? else { return Ok(None) };
+        let egress = match self.fib(ifindex, own, to.into())? {
+            Fib::Hop(hop) => hop.ifindex,
+            Fib::Back(ifindex) => ifindex,
+            Fib::None(_) => return Ok(None),
+        };
+        let from = self.source_address(egress, ifindex)?;
+        let device = self.view.device_name(egress);
+        Ok(from.map(|(_, from)| Verdict::Wrapped { from, to: to.into(), device }))
     }
 
     /// The first packet of a connection to one of our frontends.
@@ -198,11 +220,12 @@ impl<V: View> Tracer<'_, V> {
         // Peers know only a node's primary addresses.
         let known =
             frontend.flags & frontend_flags::KIND != FrontendKind::NodePort as u32 || self.own_address(ifindex)?;
-        let l2 = frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2;
+        let forwarding = frontend.flags & frontend_flags::FORWARDING;
+        let far = forwarding != frontend_flags::FORWARDING_L2;
         if !backend.is_local()
-            && l2
+            && forwarding != frontend_flags::FORWARDING_SNAT
             && known
-            && let Some(verdict) = self.hand_on(ifindex, backend.node(), PEER_TAKES_NEW)?
+            && let Some(verdict) = self.hand_on(ifindex, backend.node(), true, far)?
         {
             return Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict });
         }

@@ -289,6 +289,15 @@ pub enum Verdict {
         /// The device.
         device: String,
     },
+    /// Sent on as it is, inside another IP packet, to the node of its backend, which translates it.
+    Wrapped {
+        /// The outer source: this node's address.
+        from: IpAddr,
+        /// The node's address.
+        to: IpAddr,
+        /// The device.
+        device: String,
+    },
     /// Answered by the program.
     Answered {
         /// With what.

@@ -168,6 +168,9 @@ impl fmt::Display for Verdict {
             Self::Pass { why } => write!(f, "left as it is: {why}"),
             Self::Translated(tuple) => write!(f, "becomes {tuple}, and the host's stack goes on with it"),
             Self::Sent { tuple, device } => write!(f, "becomes {tuple}, and leaves by {device}"),
+            Self::Wrapped { from, to, device } => {
+                write!(f, "goes on as it is inside {from} -> {to} by {device}: the backend's node translates it")
+            }
             Self::HandedOn { mac, device } => {
                 write!(
                     f,

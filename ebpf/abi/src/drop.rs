@@ -77,6 +77,8 @@ reasons! {
     NoNatMapping = 167, "No mapping for NAT masquerade";
     /// No route, or no neighbour, to where the packet must go.
     FibLookupFailed = 169, "FIB lookup failed";
+    /// A packet that another node has wrapped, and that is for no service.
+    Encapsulated = 170, "Encapsulation traffic is prohibited";
     /// A ClusterIP addressed from outside.
     IsClusterIp = 174, "Is a ClusterIP";
     /// A fragment that is not the first, whose first one has not been seen or was of no connection.

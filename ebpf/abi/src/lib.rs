@@ -27,7 +27,7 @@ pub use flow::{
     TCP_SEEN_RST, Timeouts, tcp_closed, tcp_established,
 };
 pub use hash::{maglev_hash, maglev_index};
-pub use peer::{PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
+pub use peer::{PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 pub use range::{
     SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
 };
@@ -50,6 +50,10 @@ pub mod proto {
     pub const ANY: u8 = 0;
     /// RFC 792.
     pub const ICMP: u8 = 1;
+    /// An IPv4 packet (RFC 2003).
+    pub const IPIP: u8 = 4;
+    /// An IPv6 packet (RFC 2473).
+    pub const IPV6: u8 = 41;
     /// RFC 4443.
     pub const ICMPV6: u8 = 58;
     /// RFC 9293.

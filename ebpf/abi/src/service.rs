@@ -87,6 +87,8 @@ pub mod frontend_flags {
     pub const FORWARDING_SNAT: u32 = 0;
     /// As they are, to a node on the same segment; see [`crate::PeerValue`]. To other nodes as with `FORWARDING_SNAT`.
     pub const FORWARDING_L2: u32 = 1 << 11;
+    /// As they are to a node on the same segment, wrapped in another IP packet to other nodes (RFC 2003, RFC 2473).
+    pub const FORWARDING_IPIP: u32 = 2 << 11;
 }
 
 /// Why a frontend exists.

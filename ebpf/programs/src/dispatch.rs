@@ -1,20 +1,21 @@
 //! Dispatch `l2`: packets go on as they are to the node of their backend, a neighbour on the segment that they came from.
+//! To nodes elsewhere they go inside another packet, where the service has it so: see `wrap`.
 //!
 //! Two nodes take part. Where the client's packets come in, a backend is chosen as always; its node becomes the frame's
 //! destination, one hop is counted, and nothing else changes. That node knows the address too: it chooses among its own
 //! backends, translates as for any local one, and answers the client itself. So the client's address arrives, replies
 //! save the way back, and each packet costs the first node one lookup more than nothing.
 //!
-//! The second node tells such frames by their source, the MAC of a peer. It hands nothing on again: should it have no
-//! backend any more, it goes on with its own address as source, so that packets never circle. What would come back to
-//! the node that it came from is not handed on either.
+//! The second node tells such frames by their source, the MAC of a peer, or by what they were inside of. It hands nothing
+//! on again: should it have no backend any more, it goes on with its own address as source, so that packets never
+//! circle. What would come back to the node that it came from is not handed on either.
 //!
 //! Deliberately absent: reading back what the other node chose. Both keep a client where it is by their own entries.
 
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
 use kinesin_abi::{
-    Addr, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag, PEER_TAKES_NEW,
-    PeerKey, PeerValue, SetRef, frontend_flags, proto,
+    Addr, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag, PEER_BY_ROUTE,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
 };
 
 use crate::{
@@ -24,6 +25,7 @@ use crate::{
     packet::{Packet, link},
     skb::{ETHERNET, Skb},
     verdict::Verdict,
+    wrap::{self, Wrapper},
 };
 
 /// Halvings that find a boundary in any set that fits the slots array.
@@ -32,6 +34,9 @@ const HALVINGS: u32 = 22;
 /// Whether a new connection's first packet was handed on to us by a peer.
 #[inline(always)]
 pub fn is_handed_on<F: Family>(skb: Skb, link: u32, packet: &Packet) -> bool {
+    if packet.from != 0 {
+        return true;
+    }
     let Some(peer) = sender(skb, link) else { return false };
     let ours =
         lookup::announced(packet.flow.dst, skb.ifindex()) || lookup::is_own::<F>(&packet.flow.dst, skb.ifindex());
@@ -55,6 +60,10 @@ pub fn node_port_of_peer<F: Family>(skb: Skb, link: u32, flow: &FlowKey) -> Opti
 #[inline(never)]
 fn is_to_sender<F: Family>(skb: Skb, link: u32) -> u32 {
     let Some(packet) = lookup::scratch() else { return 0 };
+    if packet.from != 0 {
+        let Some(peer) = lookup::peer(&PeerKey::of_addr(&packet.flow.dst)) else { return 0 };
+        return (peer.node == packet.from && is_of::<F>(peer, &packet.flow.dst)) as u32;
+    }
     let Some(peer) = sender(skb, link) else { return 0 };
     is_of::<F>(peer, &packet.flow.dst) as u32
 }
@@ -75,7 +84,7 @@ pub fn local(set: SetRef, chosen: Chosen) -> Chosen {
 
 /// Hands a new connection on to the backend's node; none where that must not or cannot be.
 #[inline(always)]
-pub fn begin<F: Family>(
+pub fn begin<F: Wrapper>(
     skb: Skb,
     packet: &Packet,
     frontend: &FrontendValue,
@@ -83,7 +92,8 @@ pub fn begin<F: Family>(
 ) -> Result<Option<Verdict>, DropReason> {
     let (id, backend) = chosen;
     let Some(peer) = lookup::peer(&PeerKey::of_node(backend.node())) else { return Ok(None) };
-    if peer.flags & PEER_TAKES_NEW == 0 {
+    let near = frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2;
+    if peer.flags & PEER_TAKES_NEW == 0 || near && peer.flags & PEER_BY_ROUTE != 0 {
         return Ok(None);
     }
     // Peers know only a node's primary addresses.
@@ -91,7 +101,7 @@ pub fn begin<F: Family>(
     if node_port && !lookup::is_own::<F>(&packet.flow.dst, skb.ifindex()) {
         return Ok(None);
     }
-    let verdict = outcome(send::<F>(skb, peer))?;
+    let verdict = go::<F>(skb, peer)?;
     if verdict.is_some() {
         flows::hand_on(&packet.flow, backend, id)?;
     }
@@ -100,10 +110,10 @@ pub fn begin<F: Family>(
 
 /// Hands a packet of a known connection on, or an ICMP error about one; none where its node is gone, or sent it itself.
 #[inline(always)]
-pub fn follow<F: Family>(skb: Skb, flow: &FlowValue, protocol: u8) -> Result<Option<Verdict>, DropReason> {
+pub fn follow<F: Wrapper>(skb: Skb, flow: &FlowValue, protocol: u8) -> Result<Option<Verdict>, DropReason> {
     let Some(node) = node_of::<F>(flow, protocol) else { return Ok(None) };
     let Some(peer) = lookup::peer(&PeerKey::of_node(node)) else { return Ok(None) };
-    outcome(send::<F>(skb, peer))
+    go::<F>(skb, peer)
 }
 
 /// The node that has the connection. TCP remembers it, so that nothing that happens to the backends tears it; the entry of
@@ -119,17 +129,21 @@ fn node_of<F: Family>(flow: &FlowValue, protocol: u8) -> Option<NodeTag> {
 }
 
 // What sending comes to. Plain numbers, so that all ways out of a function look the same to the verifier.
-const KEPT: u32 = 0;
-const SENT: u32 = 1;
-const OUT_OF_HOPS: u32 = 2;
-const UNWRITTEN: u32 = 3;
+pub const KEPT: u32 = 0;
+pub const SENT: u32 = 1;
+pub const OUT_OF_HOPS: u32 = 2;
+pub const UNWRITTEN: u32 = 3;
+pub const TOO_LONG: u32 = 4;
 
+/// Sends the packet at hand to a peer in the way that leads there.
 #[inline(always)]
-fn outcome(code: u32) -> Result<Option<Verdict>, DropReason> {
+fn go<F: Wrapper>(skb: Skb, peer: &PeerValue) -> Result<Option<Verdict>, DropReason> {
+    let code = if peer.flags & PEER_BY_ROUTE != 0 { wrap::send::<F>(skb, peer) } else { send::<F>(skb, peer) };
     match code {
         KEPT => Ok(None),
         OUT_OF_HOPS => Err(DropReason::TtlExceeded),
         UNWRITTEN => Err(DropReason::WriteError),
+        TOO_LONG => Err(DropReason::FragmentationNeeded),
         _ => Ok(Some(Verdict::Sent(TC_ACT_REDIRECT))),
     }
 }

@@ -35,6 +35,7 @@ use crate::{
     route,
     skb::{ETHERNET, Skb},
     verdict::{self, Verdict},
+    wrap::Wrapper,
 };
 
 /// Offset of the checksum in the ICMP header.
@@ -46,7 +47,7 @@ const TTL: u8 = 64;
 
 /// An ICMP packet from a device into the node.
 #[inline(always)]
-pub fn from_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+pub fn from_netdev<F: Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     match ingress::<F>(skb, link) {
         // Done here, where there is stack left for it.
         HAND_ON if link == ETHERNET => hand_on::<F>(skb),
@@ -56,7 +57,7 @@ pub fn from_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason
 
 /// Hands an error on to the node that has the connection.
 #[inline(always)]
-fn hand_on<F: Family>(skb: Skb) -> Result<Verdict, DropReason> {
+fn hand_on<F: Wrapper>(skb: Skb) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
     let Some(flow) = flows::related(&packet.quoted) else { return Ok(Verdict::Pass) };
     match dispatch::follow::<F>(skb, flow, packet.quoted.proto) {

@@ -16,6 +16,7 @@ use crate::{
     route::{self, Route},
     skb::{ETHERNET, Skb, TO_ANOTHER_HOST, TO_GROUP, TO_US},
     verdict::{self, Verdict},
+    wrap::{self, Wrapper},
 };
 
 const ETH_ARP: u16 = 0x0806u16.to_be();
@@ -51,8 +52,10 @@ pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 
 /// A packet for this node's MAC.
 #[inline(always)]
-fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+fn serve<F: Reporter + Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    packet.from = 0;
+    wrap::open::<F>(skb, link);
     let parsed = parse::<F>(skb, link, packet);
     // Looked up again, so that the compiler cannot carry over what it knows about the values just written.
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
@@ -62,7 +65,7 @@ fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
             return icmp::from_netdev::<F>(skb, link);
         }
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
-            return Ok(Verdict::Pass);
+            return no_service(packet);
         }
         return Err(match unparsed {
             Unparsed::UnknownL4 => DropReason::UnknownL4,
@@ -75,16 +78,22 @@ fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if F::LONG_ADDRESSES { Ok(Verdict::Answered(apart::<F>(skb, link))) } else { answer::<F>(skb, link, packet) }
 }
 
+/// What is for no service goes on as it came, but not out of what it came in.
+#[inline(always)]
+fn no_service(packet: &Packet) -> Result<Verdict, DropReason> {
+    if packet.from == 0 { Ok(Verdict::Pass) } else { Err(DropReason::Encapsulated) }
+}
+
 /// [`answer`] with a stack of its own: with that of ICMP there is no room for long addresses.
 #[inline(never)]
-fn apart<F: Reporter>(skb: Skb, link: u32) -> i32 {
+fn apart<F: Reporter + Wrapper>(skb: Skb, link: u32) -> i32 {
     let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::Pass)) };
     verdict::finish(skb, Direction::Ingress, answer::<F>(skb, link, packet))
 }
 
 /// What [`translate`] makes of a packet, and an answer where its sender is owed one.
 #[inline(always)]
-fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+fn answer<F: Reporter + Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
     match translate::<F>(skb, link, packet) {
         // Here alone, because the verifier follows it from wherever it is called.
         Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
@@ -97,25 +106,27 @@ fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, 
 
 /// A packet with ports.
 #[inline(always)]
-fn translate<F: Family>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+fn translate<F: Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
     if let Some(flow) = flows::find(packet) {
         if flow.flags & FLOW_HANDED_ON == 0 {
             return follow::<F>(skb, packet, flow);
         }
-        // Without Ethernet there are no neighbours to hand it to: it begins anew, as when its node is gone.
+        // Without Ethernet there are no neighbours to hand it to, and what came wrapped is for this node: it begins anew,
+        // as when its node is gone.
         if link == ETHERNET
+            && packet.from == 0
             && let Some(verdict) = go_on::<F>(skb, packet, flow)?
         {
             return Ok(verdict);
         }
     }
     let mut frontend = lookup::frontend(&packet.flow)?;
-    if link == ETHERNET && frontend.is_none() {
+    if (link == ETHERNET || packet.from != 0) && frontend.is_none() {
         frontend = dispatch::node_port_of_peer::<F>(skb, link, &packet.flow);
     }
     match frontend {
         Some(frontend) => begin::<F>(skb, link, packet, frontend),
-        None => Ok(Verdict::Pass),
+        None => no_service(packet),
     }
 }
 
@@ -137,7 +148,7 @@ fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
     let redirect = flow.flags & FLOW_REDIRECT != 0;
     if !redirect && flow.flags & FLOW_REPLY != 0 {
         // A reply of a local backend leaves by egress; whoever claims to be one out here is not.
-        return Ok(Verdict::Pass);
+        return no_service(packet);
     }
     if redirect && packet.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
@@ -155,7 +166,7 @@ fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
 
 /// A packet of a connection that another node has; none where that node is gone.
 #[inline(always)]
-fn go_on<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Option<Verdict>, DropReason> {
+fn go_on<F: Wrapper>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<Option<Verdict>, DropReason> {
     if packet.fragmented != 0 && fragments::lead::<F>(packet) == 0 {
         return Err(DropReason::Fragment);
     }
@@ -165,7 +176,7 @@ fn go_on<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<O
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
+fn begin<F: Wrapper>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }
@@ -193,7 +204,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
     if redirect
         && link == ETHERNET
         && packet.handed_on == 0
-        && frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_L2
+        && frontend.flags & frontend_flags::FORWARDING != frontend_flags::FORWARDING_SNAT
         && let Some(verdict) = dispatch::begin::<F>(skb, packet, frontend, (id, backend))?
     {
         return Ok(verdict);

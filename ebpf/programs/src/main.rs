@@ -1,7 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
 //! `packet` alone reads packet memory, `lookup`, `flows`, `fragments` and `affinity` alone touch maps, `rewrite`,
-//! `dispatch`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`;
+//! `dispatch`, `wrap`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`;
 //! each has programs of its own. Names are Cilium's, so that habits with `bpftool` carry over.
 //!
 //! Deliberately absent: CO-RE, kernel BTF, kfuncs, `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
@@ -34,6 +34,7 @@ mod route;
 mod skb;
 mod sock;
 mod verdict;
+mod wrap;
 
 use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr, classifier},

@@ -2,7 +2,10 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
+    bindings::{
+        __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_FIXED_GSO,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+    },
     helpers::generated as h,
     programs::TcContext,
 };
@@ -24,7 +27,7 @@ pub const TO_ANOTHER_HOST: u32 = 3;
 /// field survives a redirect and nothing else on the way of such a packet reads it.
 const TRANSLATED: u16 = 0x4b69;
 
-/// `BPF_ADJ_ROOM_MAC`: grow between the link-layer header and what follows.
+/// `BPF_ADJ_ROOM_MAC`: grow or shrink between the link-layer header and what follows.
 const ADJ_ROOM_MAC: u32 = 1;
 
 /// A packet at a tc hook.
@@ -166,6 +169,25 @@ impl Skb {
     pub fn insert_after_link_header(self, len: i32) -> Result<(), DropReason> {
         // SAFETY: the context is valid.
         let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_MAC, 0) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Makes room for an outer IP header of `len` bytes behind the link-layer header. What is segmented later is segmented
+    /// as it would have been without, each segment with a copy of the header.
+    #[inline(always)]
+    pub fn wrap(self, len: i32, v4: bool) -> Result<(), DropReason> {
+        let outer = if v4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+        let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | outer) as u64;
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_MAC, flags) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Removes an outer IP header of `len` bytes; the old data pointers are void after it.
+    #[inline(always)]
+    pub fn unwrap(self, len: i32) -> Result<(), DropReason> {
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_adjust_room(self.0, -len, ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64) };
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
     }
 

@@ -15,17 +15,18 @@ const MORE_FRAGMENTS: u16 = 0x2000;
 const DONT_FRAGMENT: u16 = 0x4000;
 
 #[repr(C)]
-struct Header {
-    version_ihl: u8,
-    tos: u8,
-    len: u16,
-    id: u16,
-    fragment: u16,
-    ttl: u8,
-    proto: u8,
-    check: u16,
-    src: u32,
-    dst: u32,
+#[derive(Clone, Copy)]
+pub struct Header {
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub len: u16,
+    pub id: u16,
+    pub fragment: u16,
+    pub ttl: u8,
+    pub proto: u8,
+    pub check: u16,
+    pub src: u32,
+    pub dst: u32,
 }
 
 /// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.

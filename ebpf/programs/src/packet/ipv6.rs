@@ -34,13 +34,14 @@ const MOBILITY: u8 = 135;
 
 /// The fixed header.
 #[repr(C)]
-struct Header {
-    version_class_label: u32,
-    payload: u16,
-    next: u8,
-    hops: u8,
-    src: [u32; 4],
-    dst: [u32; 4],
+#[derive(Clone, Copy)]
+pub struct Header {
+    pub version_class_label: u32,
+    pub payload: u16,
+    pub next: u8,
+    pub hops: u8,
+    pub src: [u32; 4],
+    pub dst: [u32; 4],
 }
 
 /// Where a chain of extension headers ends, in memory that the verifier does not look into: otherwise it would follow

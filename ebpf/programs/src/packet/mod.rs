@@ -7,9 +7,9 @@ pub mod ipv4;
 pub mod ipv6;
 pub mod link;
 
-use kinesin_abi::{Be16, DropReason, FlowKey, proto};
+use kinesin_abi::{Be16, DropReason, FlowKey, NodeTag, proto};
 
-use crate::{family::Family, reject::Headers6, skb::Skb};
+use crate::{family::Family, reject::Headers6, skb::Skb, wrap::Outer};
 
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
@@ -50,6 +50,8 @@ pub struct Packet {
     pub l4_len: u8,
     /// 1 for the first packet of a connection that another node has handed on to us; see `dispatch`.
     pub handed_on: u8,
+    /// The peer that has sent us this packet inside another one; 0 for one that came as it is. See `wrap`.
+    pub from: NodeTag,
     /// The longest packet that the way takes which this one does not fit; 0 where the kernel does not say (before 5.12),
     /// which makes the sender guess (RFC 1191 section 5).
     pub mtu: u16,
@@ -58,6 +60,8 @@ pub struct Packet {
     pub quoted: FlowKey,
     /// Of IPv6: the headers of an answer, while it is made.
     pub answer: Headers6,
+    /// The outer header, while a packet is wrapped.
+    pub outer: Outer,
     /// Identification of a fragment, as loaded.
     pub fragment: u32,
     /// Of IPv6: where extension headers end, of the packet or of what it quotes.
@@ -105,6 +109,12 @@ fn at<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
     }
     // SAFETY: within the packet as just checked, in the form that the verifier follows.
     Some(unsafe { &*(start as *const T) })
+}
+
+/// Reads a header, of a packet that [`linearize`] has been called for.
+#[inline(always)]
+pub fn header<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
+    at(skb, offset)
 }
 
 /// Makes the headers directly readable where they are in the skb's fragments.
