@@ -65,3 +65,7 @@ mod trace;
 mod traffic;
 #[path = "datapath/traffic6.rs"]
 mod traffic6;
+#[path = "datapath/xdp.rs"]
+mod xdp;
+#[path = "datapath/xdp_hooks.rs"]
+mod xdp_hooks;

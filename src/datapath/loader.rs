@@ -32,6 +32,18 @@ pub enum AttachMode {
     Clsact,
 }
 
+/// Whether drivers run a program too (`bpf-lb-acceleration`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Acceleration {
+    /// No.
+    #[default]
+    Disabled,
+    /// A device where that is not possible has a hook that fails.
+    Native,
+    /// A device where that is not possible does without: see [`Datapath::unaccelerated`].
+    BestEffort,
+}
+
 /// Most elements of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
@@ -132,12 +144,20 @@ pub struct LoadOptions {
     pub attach: AttachMode,
     /// Serve IPv6 on devices (`enable-ipv6`).
     pub ipv6: bool,
+    /// Attach to drivers too.
+    pub acceleration: Acceleration,
 }
 
 impl LoadOptions {
     /// Defaults below a root.
     pub fn new(bpf_root: impl Into<PathBuf>) -> Self {
-        Self { bpf_root: bpf_root.into(), max_entries: MapSizes::default(), attach: AttachMode::default(), ipv6: false }
+        Self {
+            bpf_root: bpf_root.into(),
+            max_entries: MapSizes::default(),
+            attach: AttachMode::default(),
+            ipv6: false,
+            acceleration: Acceleration::default(),
+        }
     }
 }
 
@@ -172,6 +192,8 @@ pub struct Datapath {
     /// By program: why the verifier refused it.
     pub(super) refused: BTreeMap<String, String>,
     pub(super) hooks: BTreeMap<Hook, HookStatus>,
+    /// Devices that do without XDP, by index: name and why.
+    pub(super) spared: BTreeMap<u32, (String, String)>,
     migrations: Vec<Migration>,
     /// Tables that are being replaced, until somebody takes it on to empty them.
     moving: Option<Moving>,
@@ -262,6 +284,7 @@ impl Datapath {
             links,
             refused: BTreeMap::new(),
             hooks: BTreeMap::new(),
+            spared: BTreeMap::new(),
             migrations,
             moving: Some(moving),
         };
@@ -271,9 +294,10 @@ impl Datapath {
     }
 
     /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
-    /// wait until there is one: verifying them takes as long again.
+    /// wait until there is one, because verifying them takes as long again, and that of drivers for a driver that takes it.
     fn load_programs(&mut self) {
-        let devices = Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| self.has(*place));
+        let devices =
+            Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| *place != Place::Xdp && self.has(*place));
         let devices: Vec<_> = devices.map(|(_, program)| program).collect();
         for program in devices.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
             self.load_program(program);
@@ -285,6 +309,7 @@ impl Datapath {
         let result = match self.ebpf.program_mut(name) {
             Some(Program::SchedClassifier(program)) => program.load(),
             Some(Program::CgroupSockAddr(program)) => program.load(),
+            Some(Program::Xdp(program)) => program.load(),
             _ => Err(ProgramError::UnexpectedProgramType),
         };
         match result {

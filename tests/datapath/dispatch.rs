@@ -15,12 +15,12 @@ use crate::packets::{ACK, End, FIN, IP, L4, RST, SYN, checksum, ends, ipv4, pack
 use crate::rig::*;
 
 const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 11);
-const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
-const TAG: u32 = 0xabcdef;
+pub(crate) const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
+pub(crate) const TAG: u32 = 0xabcdef;
 const MIXED: u16 = 90;
 const NODE_PORT: u16 = 30_080;
 
-fn peer(rig: &Rig, flags: u16) {
+pub(crate) fn peer(rig: &Rig, flags: u16) {
     let value = PeerValue {
         mac: mac_words(PEER_MAC),
         flags,
@@ -36,7 +36,7 @@ fn peer(rig: &Rig, flags: u16) {
 
 /// A rig whose remote pods are on a peer, reached by `l2`; at [`MIXED`], and at NodePorts, ten local pods before ten
 /// remote ones.
-fn rig() -> Rig {
+pub(crate) fn rig() -> Rig {
     let rig = Rig::new();
     peer(&rig, PEER_TAKES_NEW);
     let mut ops = Vec::new();
@@ -78,7 +78,7 @@ fn from_peer(mut frame: Vec<u8>) -> Vec<u8> {
 }
 
 /// What a frame must look like when it goes on to the peer.
-fn handed_on(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn handed_on(frame: &[u8]) -> Vec<u8> {
     let mut out = frame.to_vec();
     out[..6].copy_from_slice(&PEER_MAC);
     out[6..12].copy_from_slice(&NODE_MAC);

@@ -24,12 +24,12 @@ const ETH_ARP: u16 = 0x0806u16.to_be();
 #[inline(always)]
 pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     match skb.protocol() {
         V4::ETHERTYPE if skb.packet_type() == TO_US => serve::<V4>(skb, link),
         ETH_ARP if link == ETHERNET => arp::respond(skb),
-        _ => Ok(Verdict::Pass),
+        _ => Ok(Verdict::PASS),
     }
 }
 
@@ -37,7 +37,7 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 #[inline(always)]
 pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.protocol() != V6::ETHERTYPE || skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     // Solicitations come to a group, or to the address itself from those who check that it is still here.
     if link == ETHERNET
@@ -46,23 +46,23 @@ pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     {
         return Ok(verdict);
     }
-    if skb.packet_type() == TO_US { serve::<V6>(skb, link) } else { Ok(Verdict::Pass) }
+    if skb.packet_type() == TO_US { serve::<V6>(skb, link) } else { Ok(Verdict::PASS) }
 }
 
 /// A packet for this node's MAC.
 #[inline(always)]
 fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     let parsed = parse::<F>(skb, link, packet);
     // Looked up again, so that the compiler cannot carry over what it knows about the values just written.
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
         if unparsed == Unparsed::Icmp {
             return icmp::from_netdev::<F>(skb, link);
         }
         if unparsed == Unparsed::Foreign || !lookup::claimed(packet.flow.dst) {
-            return Ok(Verdict::Pass);
+            return Ok(Verdict::PASS);
         }
         return Err(match unparsed {
             Unparsed::UnknownL4 => DropReason::UnknownL4,
@@ -78,7 +78,7 @@ fn serve<F: Reporter>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 /// [`answer`] with a stack of its own: with that of ICMP there is no room for long addresses.
 #[inline(never)]
 fn apart<F: Reporter>(skb: Skb, link: u32) -> i32 {
-    let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::Pass)) };
+    let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::PASS)) };
     verdict::finish(skb, Direction::Ingress, answer::<F>(skb, link, packet))
 }
 
@@ -90,7 +90,7 @@ fn answer<F: Reporter>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, 
         Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
             Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32)))
         }
-        Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report::<F>(skb, link, DropReason::NoBackend as u32))),
+        Ok(Verdict::Refused(reason)) => Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32))),
         verdict => verdict,
     }
 }
@@ -115,7 +115,7 @@ fn translate<F: Family>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict,
     }
     match frontend {
         Some(frontend) => begin::<F>(skb, link, packet, frontend),
-        None => Ok(Verdict::Pass),
+        None => Ok(Verdict::PASS),
     }
 }
 
@@ -137,7 +137,7 @@ fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
     let redirect = flow.flags & FLOW_REDIRECT != 0;
     if !redirect && flow.flags & FLOW_REPLY != 0 {
         // A reply of a local backend leaves by egress; whoever claims to be one out here is not.
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     if redirect && packet.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
@@ -146,7 +146,7 @@ fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
     flows::track(packet, flow);
     if !redirect {
         rewrite::translate::<F>(skb, packet, &to, false)?;
-        return Ok(Verdict::Translated);
+        return Ok(Verdict::TRANSLATED);
     }
     let route = route::find::<F>(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
     rewrite::translate::<F>(skb, packet, &to, true)?;
@@ -185,7 +185,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
         }
     }
     if frontend.external.count == 0 {
-        return Ok(Verdict::Refused);
+        return Ok(Verdict::Refused(DropReason::NoBackend));
     }
     let id = choose::<F>(skb, link, frontend);
     let backend = lookup::backend(id).ok_or(DropReason::NoBackend)?;
@@ -210,7 +210,7 @@ fn begin<F: Family>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVal
     let sport = flows::open(&Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
     rewrite::translate::<F>(skb, packet, &to, redirect)?;
-    if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::Translated) }
+    if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::TRANSLATED) }
 }
 
 /// The backend that the client is bound to, else any; of what a peer has handed on, one of this node if there is one.
@@ -243,17 +243,17 @@ fn choose<F: Family>(skb: Skb, link: u32, frontend: &FrontendValue) -> BackendId
 #[inline(always)]
 pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.protocol() != F::ETHERTYPE || skb.take_translated() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     match parse::<F>(skb, link, packet) {
         Ok(()) => {}
         Err(Unparsed::Icmp) => return icmp::to_netdev::<F>(skb),
-        Err(_) => return Ok(Verdict::Pass),
+        Err(_) => return Ok(Verdict::PASS),
     }
-    let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
+    let Some(flow) = flows::find(packet) else { return Ok(Verdict::PASS) };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
@@ -261,5 +261,5 @@ pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> 
         return Err(DropReason::Fragment);
     }
     rewrite::translate::<F>(skb, packet, &to, false)?;
-    Ok(Verdict::Translated)
+    Ok(Verdict::TRANSLATED)
 }
