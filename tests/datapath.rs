@@ -71,3 +71,7 @@ mod traffic;
 mod traffic6;
 #[path = "datapath/wrap.rs"]
 mod wrap;
+#[path = "datapath/xdp.rs"]
+mod xdp;
+#[path = "datapath/xdp_hooks.rs"]
+mod xdp_hooks;

@@ -10,7 +10,7 @@
 //!
 //! Deliberately absent: detaching on stop. The pinned links carry the traffic while no agent runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use kinesin_abi::{
-    Addr, DEVICE_ETHERNET, DeviceValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
-    SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    Addr, DEVICE_ETHERNET, DEVICE_XDP, DeviceValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
@@ -30,8 +30,10 @@ use smol_str::SmolStr;
 
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::config::{Config, NoBackend};
-use crate::datapath::{Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings};
+use crate::config::{self, Config, NoBackend};
+use crate::datapath::{
+    Acceleration, Datapath, HookStatus, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings,
+};
 use crate::level::Follower;
 use crate::machine;
 use crate::net::local_ports;
@@ -71,11 +73,16 @@ pub struct Loader {
     world: World,
     me: Address<LoaderMsg>,
     options: Options,
+    acceleration: Acceleration,
     loaded: Loaded,
     devices: Follower<Devices>,
     config: Follower<Config>,
     /// Devices that carry our programs, by index.
     attached: BTreeMap<u32, SmolStr>,
+    /// Those whose drivers run one too, as the devices map says.
+    driven: BTreeSet<u32>,
+    /// How it was last said which devices are accelerated, by name; of the others, why not.
+    accelerated: BTreeMap<String, Option<String>>,
     verify: Timer,
     /// While a hook or program fails: how often it was tried again, and the next time.
     retry: Option<(usize, Timer)>,
@@ -117,9 +124,13 @@ impl Actor for Loader {
     async fn start(world: World, me: Address<LoaderMsg>) -> Result<Self, Failure> {
         let wake = me.waker(|| LoaderMsg::Wake);
         let options = Options::from(&*world.config());
+        let acceleration = acceleration(&world.config());
         let mut loader = Self {
-            loaded: load(options.clone()).await?,
+            loaded: load(options.clone(), acceleration).await?,
             options,
+            acceleration,
+            driven: BTreeSet::new(),
+            accelerated: BTreeMap::new(),
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
             attached: BTreeMap::new(),
@@ -155,6 +166,7 @@ impl Actor for Loader {
             if options != self.options {
                 self.load_anew(options).await;
             }
+            self.accelerate(acceleration(&config)).await?;
         }
         if news {
             self.reserve_node_ports();
@@ -182,13 +194,14 @@ impl Actor for Loader {
 }
 
 /// Loads on a thread of its own: the verifier takes a good part of a second.
-async fn load(options: Options) -> Result<Loaded, Failure> {
+async fn load(options: Options, acceleration: Acceleration) -> Result<Loaded, Failure> {
     let (datapath, store) = tokio::task::spawn_blocking(move || {
         ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
         let load = LoadOptions {
             max_entries: options.sizes,
             ipv6: options.ipv6,
             maglev_size: options.maglev_size,
+            acceleration,
             ..LoadOptions::new(&options.bpf_root)
         };
         let mut datapath = Datapath::load(&load)?;
@@ -218,7 +231,7 @@ impl From<&Config> for Options {
 impl Loader {
     /// Loads with other options; where that fails, everything stays as it was.
     async fn load_anew(&mut self, options: Options) {
-        match load(options.clone()).await {
+        match load(options.clone(), self.acceleration).await {
             Ok(loaded) => {
                 tracing::info!("maps and programs were made anew");
                 (self.loaded, self.options) = (loaded, options);
@@ -230,6 +243,16 @@ impl Loader {
                 self.world.problems.set("loader", vec![text]);
             }
         }
+    }
+
+    /// Attaches to drivers, or leaves them, as the configuration now says.
+    async fn accelerate(&mut self, acceleration: Acceleration) -> Result<(), Failure> {
+        if acceleration != self.acceleration {
+            self.acceleration = acceleration;
+            let datapath = self.loaded.datapath.clone();
+            tokio::task::spawn_blocking(move || lock(&datapath).accelerate(acceleration)).await?;
+        }
+        Ok(())
     }
 
     /// Empties tables that this load has replaced, now that all programs are the new ones, and tells of it.
@@ -291,17 +314,7 @@ impl Loader {
 
     /// Returns how many entries of the devices map were written or deleted.
     fn follow_devices(&mut self, devices: &Devices) -> Result<usize, Failure> {
-        let values: BTreeMap<_, _> = devices.all.iter().map(|device| (device.ifindex, device_value(device))).collect();
-        let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
-        let mut written = 0;
-        for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
-            self.loaded.store.put_device(*ifindex, value)?;
-            written += 1;
-        }
-        for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
-            self.loaded.store.delete_device(*ifindex)?;
-            written += 1;
-        }
+        let written = self.write_devices(devices)?;
         let wanted: BTreeMap<_, _> = devices.selected().map(|device| (device.ifindex, device.name.clone())).collect();
         for (ifindex, name) in self.attached.iter().filter(|(ifindex, _)| !wanted.contains_key(ifindex)) {
             match self.loaded.datapath().detach_device(name, *ifindex) {
@@ -323,7 +336,48 @@ impl Loader {
             }
         }
         self.attached = wanted;
+        // Only now is it known which drivers send what they are handed; that is news, not a difference.
+        self.driven = self.loaded.datapath().accelerated();
+        self.write_devices(devices)?;
         Ok(written)
+    }
+
+    /// Returns how many entries of the devices map were written or deleted.
+    fn write_devices(&self, devices: &Devices) -> Result<usize, Failure> {
+        let value = |device: &Device| {
+            let mut value = device_value(device);
+            value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
+            (device.ifindex, value)
+        };
+        let values: BTreeMap<_, _> = devices.all.iter().map(value).collect();
+        let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
+        let mut written = 0;
+        for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
+            self.loaded.store.put_device(*ifindex, value)?;
+            written += 1;
+        }
+        for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
+            self.loaded.store.delete_device(*ifindex)?;
+            written += 1;
+        }
+        Ok(written)
+    }
+
+    /// Which devices are accelerated and which are not, with one line in the log for each change.
+    fn tell_acceleration(&mut self, hooks: &[HookStatus], unaccelerated: &[(String, String)]) {
+        let tried = hooks.iter().filter_map(|hook| Some((hook.accelerates()?.to_owned(), hook.error.clone())));
+        let without = unaccelerated.iter().map(|(device, why)| (device.clone(), Some(why.clone())));
+        let now: BTreeMap<String, Option<String>> = tried.chain(without).collect();
+        for (device, why) in now.iter().filter(|(device, why)| self.accelerated.get(*device) != Some(why)) {
+            match why {
+                None => tracing::info!(%device, "accelerated: the driver runs our program"),
+                Some(why) => tracing::warn!(%device, %why, "not accelerated: packets go by the tc programs"),
+            }
+        }
+        for device in self.accelerated.keys().filter(|device| !now.contains_key(*device)) {
+            tracing::info!(%device, "no longer accelerated");
+        }
+        self.accelerated = now;
     }
 
     /// Tries again later while something fails, less and less often.
@@ -337,9 +391,14 @@ impl Loader {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        let (hooks, unaccelerated) = {
+            let datapath = self.loaded.datapath();
+            let unaccelerated = datapath.unaccelerated().map(|(device, why)| (device.to_owned(), why.to_owned()));
+            (datapath.hooks(), unaccelerated.collect::<Vec<_>>())
+        };
+        self.tell_acceleration(&hooks, &unaccelerated);
         let Loaded { generation, store, .. } = &self.loaded;
-        let hooks = self.loaded.datapath().hooks();
         let failed =
             hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());
@@ -355,7 +414,17 @@ impl Loader {
             maglev_size: self.options.maglev_size,
             maglev_seed,
         };
-        self.world.maps.set(MapsHandle { generation: *generation, store: store.clone(), limits, hooks });
+        let store = store.clone();
+        self.world.maps.set(MapsHandle { generation: *generation, store, limits, hooks, unaccelerated });
+    }
+}
+
+/// Whether drivers run a program too.
+fn acceleration(config: &Config) -> Acceleration {
+    match config.services.acceleration {
+        config::Acceleration::Disabled => Acceleration::Disabled,
+        config::Acceleration::Native => Acceleration::Native,
+        config::Acceleration::BestEffort => Acceleration::BestEffort,
     }
 }
 

@@ -244,7 +244,7 @@ pub struct KprView {
     pub backend_selection: String,
     /// `sessionAffinity: ClientIP` is honoured.
     pub session_affinity: bool,
-    /// `Disabled`, `Native`, `Best-Effort`
+    /// `Disabled`; `Native` or `Best-Effort`, with each device: `Native (eth0 in its driver; eth1 by tc: its driver …)`
     pub xdp_acceleration: String,
     /// What is served: `ClusterIP` → `Enabled`, `NodePort` → `Enabled (Range: 30000-32767)`, …
     pub services: BTreeMap<String, String>,

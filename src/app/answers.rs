@@ -22,7 +22,7 @@ use crate::admin::views::{
     SourceView, StatusView, SyncView, TableView, TreeView, VipView,
 };
 use crate::admin::{Api, ApiError};
-use crate::config::{Algorithm, LbMode, Report};
+use crate::config::{Acceleration, Algorithm, LbMode, Report};
 use crate::datapath::{TableUsage, meaning_rows};
 use crate::level::Level;
 use crate::source::Source;
@@ -185,6 +185,27 @@ impl Answers {
         format!("{name} (L2 to {near}{far} of {} other nodes, else SNAT)", peers.len())
     }
 
+    /// Whether drivers forward too, and on which devices they do not.
+    fn acceleration(&self) -> String {
+        let name = match self.world.config().services.acceleration {
+            Acceleration::Disabled => return "Disabled".into(),
+            Acceleration::Native => "Native",
+            Acceleration::BestEffort => "Best-Effort",
+        };
+        let handle = self.world.maps.get();
+        let tried = handle.iter().flat_map(|handle| &handle.hooks);
+        let tried = tried.filter_map(|hook| Some((hook.accelerates()?, hook.error.as_deref())));
+        let without = handle.iter().flat_map(|handle| &handle.unaccelerated);
+        let without = without.map(|(device, why)| (device.as_str(), Some(why.as_str())));
+        let devices: Vec<_> = tried
+            .chain(without)
+            .map(|(device, why)| {
+                why.map_or_else(|| format!("{device} in its driver"), |why| format!("{device} by tc: {why}"))
+            })
+            .collect();
+        if devices.is_empty() { name.into() } else { format!("{name} ({})", devices.join("; ")) }
+    }
+
     fn families(&self) -> Vec<&'static str> {
         let families = &self.world.config().families;
         let named = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
@@ -219,7 +240,7 @@ impl Answers {
                 Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),
             },
             session_affinity: true,
-            xdp_acceleration: "Disabled".into(),
+            xdp_acceleration: self.acceleration(),
             services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
         }
     }
@@ -281,6 +302,12 @@ impl Answers {
         }
         gauge!("cilium_bpf_maps_virtual_memory_max_bytes")
             .set(tables.iter().map(|table| table.bytes as f64).sum::<f64>());
+        if let Ok(count) = handle.store.accelerated() {
+            counter!("kinesin_accelerated_packets_total").absolute(count.packets);
+            counter!("kinesin_accelerated_bytes_total").absolute(count.bytes);
+        }
+        let driven = handle.hooks.iter().filter(|hook| hook.accelerates().is_some() && hook.is_ok()).count();
+        gauge!("kinesin_accelerated_devices").set(driven as f64);
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];

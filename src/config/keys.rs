@@ -238,6 +238,15 @@ pub static KEYS: &[KeyDef] = &[
         Kind::Choice(|c| &mut c.services.dsr_dispatch),
         "How `dsr` and `hybrid` carry the client's address to nodes on other segments: `ipip` inside another IP packet, `l2` not at all (they get `snat`, as do nodes that cannot take it). To nodes on the same segment frames go as they are whatever this says. `opt` and `geneve` are not supported; they are reported and `l2` used.",
     ),
+    KeyDef {
+        name: "bpf-lb-acceleration",
+        alias: "node-port-acceleration",
+        group: SERVICES,
+        default: "disabled",
+        doc: "Let network drivers forward packets of known connections that leave the node again (XDP), before the kernel allocates anything for them: on every device (`native`; one whose driver cannot is a problem, and goes on without), or where the driver can (`best-effort`).",
+        reload: Reload::Live,
+        kind: Kind::Choice(|c| &mut c.services.acceleration),
+    },
     live(
         SERVICES,
         "bpf-lb-mode-annotation",

@@ -22,9 +22,9 @@ pub use inputs::Inputs;
 pub use keys::{KEYS, KeyDef, Reload};
 pub use known::WITHOUT_EFFECT;
 pub use model::{
-    Algorithm, Choice, Config, CtTimeouts, DefaultIpam, DsrDispatch, Families, Kubernetes, L2, LbIpam, LbMode,
-    ListenAddr, LogLevel, MaglevSeed, NoBackend, Observe, Paths, PortRange, Ratio, Services, SizeKeys, SourceConfig,
-    SourceKind,
+    Acceleration, Algorithm, Choice, Config, CtTimeouts, DefaultIpam, DsrDispatch, Families, Kubernetes, L2, LbIpam,
+    LbMode, ListenAddr, LogLevel, MaglevSeed, NoBackend, Observe, Paths, PortRange, Ratio, Services, SizeKeys,
+    SourceConfig, SourceKind,
 };
 pub use report::{Invalid, Report, Setting, Unknown};
 pub use resolve::{ConfigError, Reloaded, load, reload};

@@ -87,6 +87,16 @@ choices! {
         /// As they are, on one segment.
         L2 = "l2",
     }
+    /// Whether drivers run a program too (`bpf-lb-acceleration`).
+    Acceleration {
+        /// No.
+        #[default]
+        Disabled = "disabled",
+        /// Yes; a device whose driver cannot is a problem.
+        Native = "native",
+        /// Where the driver can.
+        BestEffort = "best-effort",
+    }
     /// What a client of a service without backends gets (`service-no-backend-response`).
     NoBackend {
         /// ICMP port unreachable.
@@ -192,6 +202,8 @@ pub struct Services {
     pub mode: LbMode,
     /// `bpf-lb-dsr-dispatch`
     pub dsr_dispatch: DsrDispatch,
+    /// `bpf-lb-acceleration`
+    pub acceleration: Acceleration,
     /// `bpf-lb-mode-annotation`
     pub mode_annotation: bool,
     /// `bpf-lb-algorithm-annotation`

@@ -12,6 +12,10 @@ use super::{clsact, sys};
 
 /// `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS` of `enum bpf_attach_type`.
 const TCX: [u32; 2] = [46, 47];
+/// `BPF_XDP` of the same.
+const XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE`: in the driver or not at all. The kernel's generic mode comes after all that acceleration saves.
+const IN_DRIVER: u32 = 1 << 2;
 
 /// How a program hangs in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -23,6 +27,8 @@ pub enum Attachment {
     Clsact,
     /// A cgroup link.
     Cgroup,
+    /// An XDP link, in the driver.
+    Xdp,
 }
 
 /// One hook, and how it is.
@@ -48,6 +54,11 @@ impl HookStatus {
         Self { program: program.to_owned(), place, attached, error }
     }
 
+    /// The device, of the XDP program's hook.
+    pub fn accelerates(&self) -> Option<&str> {
+        self.place.strip_suffix(" xdp")
+    }
+
     /// Attached.
     pub fn is_ok(&self) -> bool {
         self.attached.is_some()
@@ -63,12 +74,16 @@ pub struct DeviceHooks {
     pub egress: HookStatus,
     /// IPv6 into and out of the node, where it is served.
     pub ipv6: Option<[HookStatus; 2]>,
+    /// In the driver, where that is asked for and the device has Ethernet headers. (One that need not be is not there.)
+    pub xdp: Option<HookStatus>,
 }
 
 impl DeviceHooks {
     /// All of them are attached.
     pub fn are_ok(&self) -> bool {
-        self.ingress.is_ok() && self.egress.is_ok() && self.ipv6.iter().flatten().all(HookStatus::is_ok)
+        self.ingress.is_ok()
+            && self.egress.is_ok()
+            && self.ipv6.iter().flatten().chain(&self.xdp).all(HookStatus::is_ok)
     }
 }
 
@@ -79,10 +94,11 @@ pub(crate) enum Place {
     Egress,
     Ingress6,
     Egress6,
+    Xdp,
 }
 
 impl Place {
-    pub(crate) const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::Ingress6, Self::Egress6];
+    pub(crate) const ALL: [Self; 5] = [Self::Ingress, Self::Egress, Self::Ingress6, Self::Egress6, Self::Xdp];
 
     pub(crate) fn is_egress(self) -> bool {
         matches!(self, Self::Egress | Self::Egress6)
@@ -92,6 +108,7 @@ impl Place {
         matches!(self, Self::Ingress6 | Self::Egress6)
     }
 
+    /// Of the places of tc.
     pub(crate) fn direction(self) -> TcAttachType {
         if self.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress }
     }
@@ -103,6 +120,7 @@ impl Place {
             Self::Egress => "egress",
             Self::Ingress6 => "ingress6",
             Self::Egress6 => "egress6",
+            Self::Xdp => "xdp",
         }
     }
 }
@@ -132,7 +150,21 @@ pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, place: Place, links: &P
         &path,
         program,
         |info| info.kind == sys::LINK_TCX && info.target == [ifindex, kind],
-        || sys::create_link(program, ifindex, kind),
+        || sys::create_link(program, ifindex, kind, 0),
+    )
+}
+
+/// Attaches to the driver by an XDP link, or puts the program into the link that is pinned. A device has room for one
+/// program; that of somebody else stays (R48).
+///
+/// # Errors
+/// EBUSY or EEXIST where somebody else's is there, EOPNOTSUPP where the driver has no XDP, others as the driver says.
+pub(crate) fn xdp(program: BorrowedFd<'_>, ifindex: u32, links: &Path) -> io::Result<Found> {
+    adopt(
+        &links.join(device_pin(ifindex, Place::Xdp)),
+        program,
+        |info| info.kind == sys::LINK_XDP && info.target[0] == ifindex,
+        || sys::create_link(program, ifindex, XDP, IN_DRIVER),
     )
 }
 
@@ -149,7 +181,7 @@ pub(crate) fn cgroup(
         path,
         program,
         |info| info.kind == sys::LINK_CGROUP && info.target == target,
-        || sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type),
+        || sys::create_link(program, cgroup.as_raw_fd() as u32, attach_type, 0),
     )
 }
 
@@ -230,8 +262,10 @@ pub fn pinned_hooks(bpf_root: &Path) -> Vec<HookStatus> {
             let how = if clsact::Filter::of_pin(&name).is_some() { Attachment::Clsact } else { Attachment::Tcx };
             let mut parts = name.split('-');
             let (ifindex, place) = (parts.next()?, parts.next()?);
+            let how = if place == Place::Xdp.name() { Attachment::Xdp } else { how };
             let (direction, program) = match place.strip_suffix('6') {
                 Some(direction) => (direction, "IPv6"),
+                None if how == Attachment::Xdp => (place, super::hooks::XDP),
                 None => (place, "IPv4"),
             };
             let device = nix::net::if_::if_indextoname(ifindex.parse().ok()?).ok()?;
@@ -248,7 +282,9 @@ pub(crate) fn sweep(links: &Path) -> usize {
             let link = || sys::link_info(sys::open_pin(&pin.path()).ok()??.as_fd()).ok();
             let stale = match clsact::Filter::of_pin(&pin.file_name().to_string_lossy()) {
                 Some(filter) => filter.has_no_device(),
-                None => link().is_some_and(|info| info.kind == sys::LINK_TCX && info.target[0] == 0),
+                None => {
+                    link().is_some_and(|info| matches!(info.kind, sys::LINK_TCX | sys::LINK_XDP) && info.target[0] == 0)
+                }
             };
             stale && fs::remove_file(pin.path()).is_ok()
         })

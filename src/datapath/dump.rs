@@ -3,13 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
-    AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, DEVICE_ETHERNET,
-    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key,
-    L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
-    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
-    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
+    AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, COUNT_ACCELERATED,
+    DEVICE_ETHERNET, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON,
+    FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind,
+    FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING,
+    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey,
+    TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 use kinesin_core::devices::mac_text;
 
@@ -132,7 +132,8 @@ fn fragment_value(value: &FragmentValue) -> String {
 fn device(value: &DeviceValue) -> String {
     let ethernet = if value.flags & DEVICE_ETHERNET != 0 { "ethernet" } else { "no-link-header" };
     let ipv6 = IpAddr::from(value.ipv6);
-    format!("{} {} {ipv6} {ethernet}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
+    let xdp = if value.flags & DEVICE_XDP != 0 { " xdp" } else { "" };
+    format!("{} {} {ipv6} {ethernet}{xdp}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
 }
 
 fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
@@ -217,6 +218,7 @@ fn drop_key(slot: u32) -> String {
     let text = match DropReason::ALL.iter().find(|known| **known as u32 == reason) {
         Some(known) => known.text(),
         None if reason == 0 => "Forwarded",
+        None if reason == u32::from(COUNT_ACCELERATED) => "Forwarded by XDP",
         None => "?",
     };
     format!("{direction} {reason} {text}")
@@ -229,10 +231,17 @@ pub(crate) fn total(value: &[u8]) -> u64 {
 
 /// The sum of a per-CPU counter.
 pub(crate) fn sum(value: &[u8]) -> DropCounter {
-    value.as_chunks::<{ size_of::<DropCounter>() }>().0.iter().filter_map(|cpu| from_bytes::<DropCounter>(cpu)).fold(
-        DropCounter::default(),
-        |sum, cpu| DropCounter { packets: sum.packets + cpu.packets, bytes: sum.bytes + cpu.bytes },
-    )
+    value
+        .as_chunks::<{ size_of::<DropCounter>() }>()
+        .0
+        .iter()
+        .filter_map(|cpu| from_bytes::<DropCounter>(cpu))
+        .fold(DropCounter::default(), both)
+}
+
+/// Two counters as one.
+pub(crate) fn both(a: DropCounter, b: DropCounter) -> DropCounter {
+    DropCounter { packets: a.packets + b.packets, bytes: a.bytes + b.bytes }
 }
 
 /// One element of a table; none where it holds nothing worth showing (a free backend, an empty slot).

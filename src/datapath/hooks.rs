@@ -3,20 +3,23 @@
 //! Each hook is on its own: one that fails leaves the others working, says so, and is tried again when the owner says
 //! (R34). What others attach beside ours is never touched, and what they take away of ours comes back (R48).
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{ProgramError, SchedClassifier, Xdp};
 
 use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
-use super::loader::{AttachMode, Datapath};
+use super::loader::{Acceleration, AttachMode, Datapath};
 
+/// The program of drivers.
+pub(super) const XDP: &str = "cil_xdp_entry";
 /// The programs of Ethernet devices and of devices without link-layer header, in the order of [`Place::ALL`].
-pub(super) const ETHERNET: [&str; 4] = ["cil_from_netdev", "cil_to_netdev", "cil_from_netdev6", "cil_to_netdev6"];
+pub(super) const ETHERNET: [&str; 5] = ["cil_from_netdev", "cil_to_netdev", "cil_from_netdev6", "cil_to_netdev6", XDP];
 const LAYER3: [&str; 4] = ["cil_from_l3dev", "cil_to_l3dev", "cil_from_l3dev6", "cil_to_l3dev6"];
 
 /// The socket programs with their `enum bpf_attach_type`.
@@ -59,11 +62,34 @@ impl Hook {
         }
     }
 
+    fn xdp(ifindex: u32, name: String) -> Self {
+        Self::Device { ifindex, name, place: Place::Xdp, program: XDP }
+    }
+
+    /// Index and name of the device.
+    fn device(&self) -> Option<(u32, &str)> {
+        match self {
+            Self::Device { ifindex, name, .. } => Some((*ifindex, name)),
+            Self::Cgroup { .. } => None,
+        }
+    }
+
+    /// The device, of the hook that each one with Ethernet headers has.
+    fn ethernet(&self) -> Option<(u32, String)> {
+        let (ifindex, name) = self.device()?;
+        (self.program() == ETHERNET[0]).then(|| (ifindex, name.to_owned()))
+    }
+
     /// For people.
     fn place(&self) -> String {
         match self {
             Self::Device { name, place, .. } => {
-                format!("{name} {}", if place.is_egress() { "egress" } else { "ingress" })
+                let way = match place {
+                    Place::Xdp => "xdp",
+                    place if place.is_egress() => "egress",
+                    _ => "ingress",
+                };
+                format!("{name} {way}")
             }
             Self::Cgroup { root, .. } => root.display().to_string(),
         }
@@ -78,34 +104,69 @@ impl Datapath {
     /// The device is not there.
     pub fn attach_device(&mut self, name: &str, ifindex: u32) -> Result<DeviceHooks, AttachError> {
         let failed = |source| AttachError { name: name.to_owned(), ifindex, source };
-        let programs = if has_ethernet_header(name).map_err(failed)? { ETHERNET } else { LAYER3 };
+        let programs: &[_] = if has_ethernet_header(name).map_err(failed)? { &ETHERNET } else { &LAYER3 };
         // A device of this index is this one now, and has the programs of its kind.
         self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
-        // Where IPv6 was served before. What remains finds no service, and the next attempt removes it.
-        let gone = Place::ALL.into_iter().filter(|place| !self.has(*place));
+        self.spared.remove(&ifindex);
+        // Where IPv6 or XDP was served before. What remains finds no service, or what it always found, and the next attempt
+        // removes it.
+        let gone = Place::ALL.into_iter().filter(|place| !self.has(*place) || programs.get(*place as usize).is_none());
         if let Err(error) = attach::detach(ifindex, gone, &self.links) {
-            tracing::warn!(device = name, %error, "programs of IPv6 not detached");
+            tracing::warn!(device = name, %error, "programs of IPv6 or XDP not detached");
         }
-        let [ingress, egress, in6, out6] = Place::ALL;
+        let [ingress, egress, in6, out6, xdp] = Place::ALL;
         let mut attach = |place: Place| {
-            let program = programs[place as usize];
+            let program = programs.get(place as usize)?;
             self.has(place).then(|| self.attach(Hook::Device { ifindex, name: name.to_owned(), place, program }).1)
         };
         // Replies first: the new program finds what the old one records, but not the other way round.
         let [egress, ingress] = [egress, ingress].map(|place| attach(place).expect("IPv4 has its places always"));
         let out6 = attach(out6);
         let ipv6 = attach(in6).zip(out6).map(<[HookStatus; 2]>::from);
-        Ok(DeviceHooks { ingress, egress, ipv6 })
+        // It goes by what the others record.
+        let xdp = attach(xdp).filter(|_| !self.spared.contains_key(&ifindex));
+        Ok(DeviceHooks { ingress, egress, ipv6, xdp })
     }
 
     /// Whether programs hang at such a place at all.
     pub(super) fn has(&self, place: Place) -> bool {
-        self.options.ipv6 || !place.is_ipv6()
+        match place {
+            Place::Xdp => self.options.acceleration != Acceleration::Disabled,
+            place => self.options.ipv6 || !place.is_ipv6(),
+        }
+    }
+
+    /// Attaches the XDP program to the devices that have the others, or takes it off them; connections go on.
+    pub fn accelerate(&mut self, acceleration: Acceleration) {
+        self.options.acceleration = acceleration;
+        self.refused.remove(XDP);
+        self.spared.clear();
+        self.hooks.retain(|hook, _| hook.program() != XDP);
+        let devices: Vec<(u32, String)> = self.hooks.keys().filter_map(Hook::ethernet).collect();
+        for (ifindex, name) in devices {
+            if self.has(Place::Xdp) {
+                self.attach(Hook::xdp(ifindex, name));
+            } else if let Err(error) = attach::detach(ifindex, std::iter::once(Place::Xdp), &self.links) {
+                tracing::error!(device = %name, %error, "XDP program not detached");
+            }
+        }
+    }
+
+    /// The devices whose drivers run the XDP program, by index.
+    pub fn accelerated(&self) -> BTreeSet<u32> {
+        let running = self.hooks.iter().filter(|(hook, status)| hook.program() == XDP && status.is_ok());
+        running.filter_map(|(hook, _)| Some(hook.device()?.0)).collect()
+    }
+
+    /// The devices that do without it under [`Acceleration::BestEffort`], and why.
+    pub fn unaccelerated(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.spared.values().map(|(name, why)| (name.as_str(), why.as_str()))
     }
 
     /// Takes the programs off a device; a device that has gone is no error.
     pub fn detach_device(&mut self, name: &str, ifindex: u32) -> Result<(), AttachError> {
         self.hooks.retain(|hook, _| !matches!(hook, Hook::Device { ifindex: of, .. } if *of == ifindex));
+        self.spared.remove(&ifindex);
         attach::detach(ifindex, Place::ALL.into_iter(), &self.links).map_err(|source| AttachError {
             name: name.to_owned(),
             ifindex,
@@ -123,6 +184,10 @@ impl Datapath {
     /// Looks at every hook that is attached, and attaches again what somebody has taken away (R48). Returns how many
     /// that were.
     pub fn verify_hooks(&mut self) -> usize {
+        // What was in the way may have gone.
+        for (ifindex, (name, _)) in std::mem::take(&mut self.spared) {
+            self.attach(Hook::xdp(ifindex, name));
+        }
         let attached: Vec<Hook> = self.hooks_where(HookStatus::is_ok);
         attached.into_iter().filter(|hook| self.attach(hook.clone()).0 == Some(Found::Nothing)).count()
     }
@@ -151,6 +216,15 @@ impl Datapath {
     fn attach(&mut self, hook: Hook) -> (Option<Found>, HookStatus) {
         let result = self.try_attach(&hook);
         let found = result.as_ref().ok().map(|(_, found)| *found);
+        if let (Err(why), Some((ifindex, name)), Acceleration::BestEffort) =
+            (&result, hook.device(), self.options.acceleration)
+            && hook.program() == XDP
+            && !self.refused.contains_key(XDP)
+        {
+            self.spared.insert(ifindex, (name.to_owned(), why.clone()));
+            self.hooks.remove(&hook);
+            return (None, HookStatus::new(XDP, hook.place(), result.map(|(attachment, _)| attachment)));
+        }
         let status = HookStatus::new(hook.program(), hook.place(), result.map(|(attachment, _)| attachment));
         self.hooks.insert(hook, status.clone());
         (found, status)
@@ -158,13 +232,14 @@ impl Datapath {
 
     fn try_attach(&mut self, hook: &Hook) -> Result<(Attachment, Found), String> {
         let program = hook.program();
-        if LAYER3.contains(&program) && !self.refused.contains_key(program) {
+        if (LAYER3.contains(&program) || program == XDP) && !self.refused.contains_key(program) {
             self.load_program(program);
         }
         if let Some(error) = self.refused.get(program) {
             return Err(error.clone());
         }
         match hook {
+            Hook::Device { ifindex, place: Place::Xdp, .. } => self.try_xdp(*ifindex),
             Hook::Device { ifindex, place, .. } => self.try_device(program, *ifindex, *place),
             Hook::Cgroup { root, attach_type, .. } => self.try_cgroup(program, root, *attach_type),
         }
@@ -187,6 +262,22 @@ impl Datapath {
             }
         }
         clsact::attach(loaded, ifindex, place, &self.links).map(|found| (Attachment::Clsact, found))
+    }
+
+    fn try_xdp(&self, ifindex: u32) -> Result<(Attachment, Found), String> {
+        let program = self.ebpf.program(XDP).ok_or("not in the object")?;
+        let loaded: &Xdp = program.try_into().map_err(|error: ProgramError| chain(&error))?;
+        let fd = loaded.fd().map_err(|error| chain(&error))?;
+        attach::xdp(fd.as_fd(), ifindex, &self.links).map(|found| (Attachment::Xdp, found)).map_err(|error| match error
+            .raw_os_error()
+        {
+            Some(libc::EBUSY | libc::EEXIST) => "another XDP program is on the device, and stays".into(),
+            Some(libc::EOPNOTSUPP) => "its driver has no native XDP".into(),
+            Some(libc::ERANGE | libc::EINVAL) => {
+                format!("its driver refuses XDP, as many do above an MTU of about 3500: {error}")
+            }
+            _ => error.to_string(),
+        })
     }
 
     fn try_cgroup(&self, program: &str, root: &Path, attach_type: u32) -> Result<(Attachment, Found), String> {

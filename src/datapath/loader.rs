@@ -34,6 +34,18 @@ pub enum AttachMode {
     Clsact,
 }
 
+/// Whether drivers run a program too (`bpf-lb-acceleration`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Acceleration {
+    /// No.
+    #[default]
+    Disabled,
+    /// A device where that is not possible has a hook that fails.
+    Native,
+    /// A device where that is not possible does without: see [`Datapath::unaccelerated`].
+    BestEffort,
+}
+
 /// Most elements of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
@@ -136,6 +148,8 @@ pub struct LoadOptions {
     pub ipv6: bool,
     /// Entries of a Maglev table (`bpf-lb-maglev-table-size`), one of [`kinesin_abi::MAGLEV_TABLE_SIZES`].
     pub maglev_size: u32,
+    /// Attach to drivers too.
+    pub acceleration: Acceleration,
 }
 
 impl LoadOptions {
@@ -147,6 +161,7 @@ impl LoadOptions {
             attach: AttachMode::default(),
             ipv6: false,
             maglev_size: MAGLEV_TABLE_SIZE,
+            acceleration: Acceleration::default(),
         }
     }
 }
@@ -184,6 +199,8 @@ pub struct Datapath {
     /// By program: why the verifier refused it.
     pub(super) refused: BTreeMap<String, String>,
     pub(super) hooks: BTreeMap<Hook, HookStatus>,
+    /// Devices that do without XDP, by index: name and why.
+    pub(super) spared: BTreeMap<u32, (String, String)>,
     migrations: Vec<Migration>,
     /// Tables that are being replaced, until somebody takes it on to empty them.
     moving: Option<Moving>,
@@ -276,6 +293,7 @@ impl Datapath {
             links,
             refused: BTreeMap::new(),
             hooks: BTreeMap::new(),
+            spared: BTreeMap::new(),
             migrations,
             moving: Some(moving),
         };
@@ -285,9 +303,10 @@ impl Datapath {
     }
 
     /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
-    /// wait until there is one: verifying them takes as long again.
+    /// wait until there is one, because verifying them takes as long again, and that of drivers for a driver that takes it.
     fn load_programs(&mut self) {
-        let devices = Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| self.has(*place));
+        let devices =
+            Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| *place != Place::Xdp && self.has(*place));
         let devices: Vec<_> = devices.map(|(_, program)| program).collect();
         for program in devices.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
             self.load_program(program);
@@ -300,6 +319,7 @@ impl Datapath {
             Some(Program::SchedClassifier(program)) => program.load(),
             Some(Program::CgroupSockAddr(program)) => program.load(),
             Some(Program::CgroupSock(program)) => program.load(),
+            Some(Program::Xdp(program)) => program.load(),
             _ => Err(ProgramError::UnexpectedProgramType),
         };
         match result {

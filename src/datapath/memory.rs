@@ -5,8 +5,8 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kinesin_abi::{
-    Backend, BackendId, DeviceValue, Direction, DropCounter, DropReason, FLOW_COUNTS, FlowCount, FlowKey, FlowValue,
-    L2Key, L2Value, PeerKey, PeerValue, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
+    Backend, BackendId, COUNT_ACCELERATED, DeviceValue, Direction, DropCounter, DropReason, FLOW_COUNTS, FlowCount,
+    FlowKey, FlowValue, L2Key, L2Value, PeerKey, PeerValue, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -230,7 +230,12 @@ impl MapStore for MemoryMaps {
     }
 
     fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError> {
-        Ok([Direction::Ingress, Direction::Egress].map(|way| (way, self.counter(drop_slot(0, way)))))
+        let [ingress, egress] = [Direction::Ingress, Direction::Egress].map(|way| self.counter(drop_slot(0, way)));
+        Ok([(Direction::Ingress, dump::both(ingress, self.accelerated()?)), (Direction::Egress, egress)])
+    }
+
+    fn accelerated(&self) -> Result<DropCounter, MapError> {
+        Ok(self.counter(drop_slot(COUNT_ACCELERATED, Direction::Ingress)))
     }
 
     fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {

@@ -37,7 +37,7 @@ pub use collect::Collected;
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub(crate) use kernel::maglev_ids;
-pub use loader::{AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
+pub use loader::{Acceleration, AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
 pub use meaning::meaning_rows;
 pub use memory::MemoryMaps;
 pub use moving::Moving;
@@ -156,8 +156,10 @@ pub trait MapStore: Send + Sync + 'static {
 
     /// Packets dropped, summed over the CPUs; counters at zero are left out.
     fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError>;
-    /// Packets translated and passed on, by direction, summed over the CPUs.
+    /// Packets translated and passed on, by direction, summed over the CPUs; those of [`Self::accelerated`] among them.
     fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError>;
+    /// Packets that the XDP program has sent, summed over the CPUs.
+    fn accelerated(&self) -> Result<DropCounter, MapError>;
 
     /// Goes through the connections once and removes those that have been silent for longer than they may; `now` is
     /// CLOCK_MONOTONIC in nanoseconds. Reads in chunks, holds no lock, and writes only what goes.

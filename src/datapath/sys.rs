@@ -152,7 +152,7 @@ pub(crate) struct MapInfo {
 }
 
 /// `struct bpf_link_info`, as far as it is used: the two words after the common part mean (ifindex, attach type) for
-/// tcx links and the halves of the cgroup's id for cgroup links.
+/// tcx links, the halves of the cgroup's id for cgroup links, and the ifindex (only) for XDP links.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(crate) struct LinkInfo {
@@ -165,6 +165,8 @@ pub(crate) struct LinkInfo {
 
 /// `BPF_LINK_TYPE_CGROUP`
 pub(crate) const LINK_CGROUP: u32 = 3;
+/// `BPF_LINK_TYPE_XDP`
+pub(crate) const LINK_XDP: u32 = 6;
 /// `BPF_LINK_TYPE_TCX`
 pub(crate) const LINK_TCX: u32 = 11;
 /// `BPF_MAP_TYPE_ARRAY`
@@ -330,9 +332,9 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// `target` is an interface index or a cgroup's file descriptor.
-pub(crate) fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkAttr { first: program.as_raw_fd() as u32, second: target, third: attach_type, fourth: 0 };
+/// `target` is an interface index or a cgroup's file descriptor; what `flags` mean depends on the type.
+pub(crate) fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkAttr { first: program.as_raw_fd() as u32, second: target, third: attach_type, fourth: flags };
     call(Command::LinkCreate, &mut attr).map(owned)
 }
 

@@ -44,6 +44,8 @@ pub struct MapsHandle {
     pub limits: Limits,
     /// What is attached where.
     pub hooks: Vec<HookStatus>,
+    /// Devices that do without XDP where it is used as far as possible, and why.
+    pub unaccelerated: Vec<(String, String)>,
 }
 
 impl MapsHandle {
@@ -69,7 +71,10 @@ impl MapsHandle {
 
 impl PartialEq for MapsHandle {
     fn eq(&self, other: &Self) -> bool {
-        self.generation == other.generation && self.hooks == other.hooks && self.limits == other.limits
+        self.generation == other.generation
+            && self.hooks == other.hooks
+            && self.limits == other.limits
+            && self.unaccelerated == other.unaccelerated
     }
 }
 

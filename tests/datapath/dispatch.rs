@@ -36,7 +36,7 @@ pub(crate) fn peer(rig: &Rig, flags: u16) {
 
 /// A rig whose remote pods are on a peer, reached by `l2`; at [`MIXED`], and at NodePorts, ten local pods before ten
 /// remote ones.
-fn rig() -> Rig {
+pub(crate) fn rig() -> Rig {
     let rig = Rig::new();
     peer(&rig, PEER_TAKES_NEW);
     let mut ops = Vec::new();
@@ -78,7 +78,7 @@ fn from_peer(mut frame: Vec<u8>) -> Vec<u8> {
 }
 
 /// What a frame must look like when it goes on to the peer.
-fn handed_on(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn handed_on(frame: &[u8]) -> Vec<u8> {
     let mut out = frame.to_vec();
     out[..6].copy_from_slice(&PEER_MAC);
     out[6..12].copy_from_slice(&NODE_MAC);

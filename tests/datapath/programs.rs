@@ -4,7 +4,7 @@
 
 use aya::Ebpf;
 use aya::programs::{Program, ProgramError, ProgramInfo};
-use kinesin::datapath::{AttachMode, Attachment, Datapath, LoadOptions, MapStore, OBJECT, detach_all};
+use kinesin::datapath::{Acceleration, AttachMode, Attachment, Datapath, LoadOptions, MapStore, OBJECT, detach_all};
 
 use crate::bpf;
 use crate::packets::{ACK, SYN, ends, tcp};
@@ -139,7 +139,8 @@ fn r34_each_program_that_is_refused_leaves_the_others_working() {
         ip("link set tun0 up");
         for refused in &all {
             let root = BpfRoot::new();
-            let mut datapath = Datapath::load_object(&corrupted(refused), &dual(root.path())).unwrap();
+            let options = LoadOptions { acceleration: Acceleration::Native, ..dual(root.path()) };
+            let mut datapath = Datapath::load_object(&corrupted(refused), &options).unwrap();
             datapath.attach_device(LAN, ifindex(LAN)).unwrap();
             datapath.attach_device("tun0", ifindex("tun0")).unwrap();
             datapath.attach_cgroup(cgroup.path());

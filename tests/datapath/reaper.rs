@@ -91,7 +91,13 @@ impl Node {
         world.compiled.put(key(), compiled(&[OLD]));
         world.compiled.set_complete();
         let (store, hooks) = (datapath.maps(), datapath.hooks());
-        world.maps.set(MapsHandle { generation: 1, store, limits: Limits::default(), hooks });
+        world.maps.set(MapsHandle {
+            generation: 1,
+            store,
+            limits: Limits::default(),
+            hooks,
+            unaccelerated: Vec::new(),
+        });
         Self { world, datapath, cgroup, root }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use aya::programs::SchedClassifier;
+use aya::programs::{SchedClassifier, Xdp};
 use aya::{TestRun, TestRunOptions};
 use kinesin::datapath::{Datapath, KernelMaps, LoadOptions, MapSizes, MapStore, ensure_bpffs};
 use kinesin_abi::{
@@ -323,6 +323,25 @@ impl Rig {
             .expect("the kernel runs it");
         out.truncate(result.data_size_out as usize);
         (result.return_value as i32, out)
+    }
+
+    /// Runs the XDP program on a frame as if the LAN device's driver had it. The device must run it already.
+    pub(crate) fn driver(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
+        let program = self.datapath.ebpf_mut().program_mut("cil_xdp_entry").expect("in the object");
+        let program: &mut Xdp = program.try_into().expect("an XDP program");
+        // `struct xdp_md`: start and end of the data, metadata, device, queue, egress device.
+        let words = [0, frame.len() as u32, 0, self.lan, 0, 0];
+        let context: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+        let mut out = vec![0; 4096];
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
+        let result = program.test_run(options).expect("the kernel runs it");
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
     }
 
     pub(crate) fn ingress(&mut self, packet: &[u8]) -> (i32, Vec<u8>) {

@@ -95,8 +95,13 @@ impl Agent {
             programmed: Level::with(false),
             ..world.clone()
         };
-        let handle =
-            |store: Arc<dyn MapStore>| MapsHandle { generation: 1, store, limits: kernel::limits(), hooks: Vec::new() };
+        let handle = |store: Arc<dyn MapStore>| MapsHandle {
+            generation: 1,
+            store,
+            limits: kernel::limits(),
+            hooks: Vec::new(),
+            unaccelerated: Vec::new(),
+        };
         world.maps.set(handle(memory.clone()));
         kernel_world.maps.set(handle(kernel.maps().clone()));
         world.leadership.set(Leadership { leading: true, holder: Some(NODE.into()) });

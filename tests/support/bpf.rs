@@ -19,6 +19,7 @@ const LINK_DETACH: u32 = 34;
 
 /// Program types (`enum bpf_prog_type`).
 pub const SCHED_CLS: u32 = 3;
+pub const XDP: u32 = 6;
 pub const CGROUP_SOCK_ADDR: u32 = 18;
 
 /// Attach types (`enum bpf_attach_type`).

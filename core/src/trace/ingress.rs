@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    Addr, Be16, DEVICE_ETHERNET, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendKey,
-    FrontendKind, FrontendValue, L2Key, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
+    Addr, Be16, DEVICE_ETHERNET, DEVICE_XDP, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    FrontendKey, FrontendKind, FrontendValue, L2Key, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
     SETTING_REJECT_NO_BACKEND, frontend_flags, proto,
 };
 
@@ -23,7 +23,11 @@ impl<V: View> Tracer<'_, V> {
         let v6 = self.packet.dst.is_ipv6();
         let program = program(if ethernet { "cil_from_netdev" } else { "cil_from_l3dev" }, v6);
         match self.view.attached(Hook::Ingress { ifindex, v6 })? {
-            Attached::Yes(how) => self.hook(&program, format!("{how} ingress of {name}"), ""),
+            Attached::Yes(how) => {
+                let driver = device.is_some_and(|device| device.flags & DEVICE_XDP != 0);
+                let note = if driver { "cil_xdp_entry comes first: what it sends, it sends as told here" } else { "" };
+                self.hook(&program, format!("{how} ingress of {name}"), note);
+            }
             Attached::No(why) => {
                 self.hook(&program, format!("ingress of {name}"), &format!("not attached: {why}"));
                 return Ok(sure(Verdict::pass(format!("no program of ours is on {name}"))));

@@ -23,7 +23,10 @@ pub struct DropCounter {
 /// Number of elements: every reason in both directions.
 pub const DROP_SLOTS: u32 = 512;
 
-/// Index of a reason's counter. `reason` 0 counts what was forwarded.
+/// In place of a reason: packets that the XDP program has sent, which are none of those at 0.
+pub const COUNT_ACCELERATED: u8 = 1;
+
+/// Index of a reason's counter. `reason` 0 counts what was forwarded by all other programs.
 #[inline(always)]
 pub const fn drop_slot(reason: u8, direction: Direction) -> u32 {
     direction as u32 * 256 + reason as u32
@@ -32,7 +35,8 @@ pub const fn drop_slot(reason: u8, direction: Direction) -> u32 {
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
         /// Why a program dropped a packet.
-        #[repr(u8)]
+        // A word: see the verdicts of the programs.
+        #[repr(u32)]
         #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
         pub enum DropReason { $($(#[$doc])* $name = $number,)* }
 

@@ -20,7 +20,7 @@ mod settings;
 
 pub use addr::{Addr, Be16};
 pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
-pub use drop::{DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
+pub use drop::{COUNT_ACCELERATED, DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
     FLOW_COUNTS, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
     FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
@@ -36,7 +36,7 @@ pub use service::{
     SEARCHED_MEMBERS, SELECTION_TRIES, SLOT_EMPTY, SetRef, frontend_flags,
 };
 pub use settings::{
-    DEVICE_ETHERNET, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_SIZES, MaglevTable,
+    DEVICE_ETHERNET, DEVICE_XDP, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_SIZES, MaglevTable,
     SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
     SETTING_REJECT_NO_BACKEND, Settings, maglev_size, maglev_words,
 };

@@ -90,7 +90,7 @@ pub const SETTING_PROTECT_NODE_PORTS: u32 = 4;
 pub struct DeviceValue {
     /// The device's MAC; zero for devices without Ethernet header.
     pub mac: [u8; 6],
-    /// [`DEVICE_ETHERNET`].
+    /// [`DEVICE_ETHERNET`], [`DEVICE_XDP`].
     pub flags: u16,
     /// Primary IPv4 address in wire order; 0 for none. Source of translated connections.
     pub ipv4: u32,
@@ -100,6 +100,9 @@ pub struct DeviceValue {
 
 /// The device has Ethernet headers.
 pub const DEVICE_ETHERNET: u16 = 1;
+
+/// The device's driver runs the XDP program, and so sends what that of another device hands it.
+pub const DEVICE_XDP: u16 = 2;
 
 /// Translate fragments of IPv4 packets.
 pub const SETTING_FOLLOW_FRAGMENTS4: u32 = 1 << 8;

@@ -21,6 +21,7 @@ use kinesin_abi::{
 use crate::{
     family::{Family, V4},
     flows,
+    frame::Frame,
     lookup::{self, Chosen},
     packet::{Packet, link},
     skb::{ETHERNET, Skb},
@@ -119,7 +120,7 @@ pub fn follow<F: Wrapper>(skb: Skb, flow: &FlowValue, protocol: u8) -> Result<Op
 /// The node that has the connection. TCP remembers it, so that nothing that happens to the backends tears it; the entry of
 /// other protocols has its place among the members there.
 #[inline(always)]
-fn node_of<F: Family>(flow: &FlowValue, protocol: u8) -> Option<NodeTag> {
+pub fn node_of<F: Family>(flow: &FlowValue, protocol: u8) -> Option<NodeTag> {
     if protocol == proto::TCP {
         return Some(flow.slot);
     }
@@ -182,7 +183,7 @@ fn sender(skb: Skb, l2: u32) -> Option<&'static PeerValue> {
 }
 
 #[inline(always)]
-fn same(a: [u16; 3], b: [u16; 3]) -> bool {
+pub fn same(a: [u16; 3], b: [u16; 3]) -> bool {
     (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) == 0
 }
 

@@ -6,6 +6,7 @@
 use kinesin_abi::{Addr, DeviceValue, DropReason, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, proto};
 
 use crate::{
+    frame::Frame,
     packet::{self, Packet, Quoted, Unparsed},
     rewrite::{self, add, change},
     skb::Skb,
@@ -29,19 +30,21 @@ pub trait Family {
     const LONG_ADDRESSES: bool;
     /// The setting for its fragments.
     const FOLLOW_FRAGMENTS: u32;
+    /// Length of the IP header without options or extension headers.
+    const HEADER: u32;
     /// Bits of the offset of an outer transport header.
     const L4_MASK: u32;
 
     /// Reads a packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
-    fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed>;
+    fn parse(skb: impl Frame, l3: u32, packet: &mut Packet) -> Result<(), Unparsed>;
     /// Reads what an ICMP error quotes.
     fn quoted(skb: Skb, packet: &mut Packet) -> Option<Quoted>;
     /// Writes to the packet, keeping the kernel's knowledge of its sum true where it is not true by itself.
     fn store<T>(skb: Skb, offset: u32, value: &T) -> Result<(), DropReason>;
     /// Gives the IP header a hop limit and addresses; returns how the sum of the addresses has changed.
-    fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason>;
+    fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason>;
     /// Counts one hop, and changes nothing else.
-    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason>;
+    fn hop(skb: impl Frame, packet: &Packet) -> Result<(), DropReason>;
     /// Gives a quoted IP header addresses, whose sum changes by `difference`.
     fn requote(skb: Skb, quoted: &Quoted, difference: u32, src: Addr, dst: Addr) -> Result<(), DropReason>;
     /// Whether an ICMP type is of an error that concerns one packet.
@@ -72,10 +75,11 @@ impl Family for V4 {
     const UNKNOWN_ICMP: DropReason = DropReason::UnknownIcmpType;
     const LONG_ADDRESSES: bool = false;
     const FOLLOW_FRAGMENTS: u32 = SETTING_FOLLOW_FRAGMENTS4;
+    const HEADER: u32 = 20;
     const L4_MASK: u32 = 0x7f;
 
     #[inline(always)]
-    fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
+    fn parse(skb: impl Frame, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
         packet::ipv4::parse(skb, l3, packet)
     }
 
@@ -91,12 +95,12 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+    fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header4(skb, packet, hops, src, dst)
     }
 
     #[inline(always)]
-    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+    fn hop(skb: impl Frame, packet: &Packet) -> Result<(), DropReason> {
         rewrite::hop4(skb, packet)
     }
 
@@ -149,10 +153,11 @@ impl Family for V6 {
     const UNKNOWN_ICMP: DropReason = DropReason::UnknownIcmp6Type;
     const LONG_ADDRESSES: bool = true;
     const FOLLOW_FRAGMENTS: u32 = SETTING_FOLLOW_FRAGMENTS6;
+    const HEADER: u32 = packet::ipv6::HEADER;
     const L4_MASK: u32 = 0xff;
 
     #[inline(always)]
-    fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
+    fn parse(skb: impl Frame, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
         packet::ipv6::parse(skb, l3, packet)
     }
 
@@ -168,12 +173,12 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn header(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+    fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header6(skb, packet, hops, src, dst)
     }
 
     #[inline(always)]
-    fn hop(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+    fn hop(skb: impl Frame, packet: &Packet) -> Result<(), DropReason> {
         rewrite::hop6(skb, packet)
     }
 

@@ -173,6 +173,26 @@ fn partner(key: &FlowKey, flow: &FlowValue) -> FlowValue {
 /// Notes a packet of a known connection: when, and what its TCP flags mean for both entries.
 #[inline(always)]
 pub fn track(packet: &Packet, flow: &mut FlowValue) {
+    let (seen, now) = (seen(packet, flow), lookup::now());
+    if is_news(flow, seen, now) {
+        note(&packet.flow, flow, seen, now);
+    }
+}
+
+/// Whether [`track`] would write anything.
+#[inline(always)]
+pub fn has_news(packet: &Packet, flow: &FlowValue) -> bool {
+    is_news(flow, seen(packet, flow), lookup::now())
+}
+
+#[inline(always)]
+fn is_news(flow: &FlowValue, seen: u8, now: u64) -> bool {
+    seen & !flow.tcp != 0 || now.saturating_sub(flow.last_seen) > FRESH
+}
+
+/// What the TCP flags of a packet mean for both entries of its connection: `TCP_SEEN_*`.
+#[inline(always)]
+fn seen(packet: &Packet, flow: &FlowValue) -> u8 {
     let reply = flow.flags & FLOW_REPLY != 0;
     let mut seen = if reply { TCP_SEEN_REPLY } else { 0 };
     if packet.tcp & TCP_FIN != 0 {
@@ -186,10 +206,7 @@ pub fn track(packet: &Packet, flow: &mut FlowValue) {
     if !reply && packet.tcp & TCP_SYN == 0 && answered {
         seen |= TCP_SEEN_ACK | TCP_SEEN_REPLY;
     }
-    let now = lookup::now();
-    if seen & !flow.tcp != 0 || now.saturating_sub(flow.last_seen) > FRESH {
-        note(&packet.flow, flow, seen, now);
-    }
+    seen
 }
 
 /// The rare part of [`track`]: also moves an established connection to where it is safe, and restores the other entry

@@ -29,7 +29,9 @@ use kinesin_abi::{
 use crate::{
     dispatch,
     family::Family,
-    flows, lookup,
+    flows,
+    frame::Frame,
+    lookup,
     packet::{self, Icmp, Packet, link},
     rewrite::{self, add, change, updated},
     route,
@@ -58,12 +60,12 @@ pub fn from_netdev<F: Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReaso
 /// Hands an error on to the node that has the connection.
 #[inline(always)]
 fn hand_on<F: Wrapper>(skb: Skb) -> Result<Verdict, DropReason> {
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
-    let Some(flow) = flows::related(&packet.quoted) else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
+    let Some(flow) = flows::related(&packet.quoted) else { return Ok(Verdict::PASS) };
     match dispatch::follow::<F>(skb, flow, packet.quoted.proto) {
         // No error about an error (RFC 1122 section 3.2.2).
         Err(reason) => Ok(Verdict::Answered(verdict::finish(skb, Direction::Ingress, Err(reason)))),
-        Ok(verdict) => Ok(verdict.unwrap_or(Verdict::Pass)),
+        Ok(verdict) => Ok(verdict.unwrap_or(Verdict::PASS)),
     }
 }
 
@@ -90,7 +92,7 @@ fn egress<F: Family>(skb: Skb) -> i32 {
 
 #[inline(always)]
 fn incoming<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     let packet = &*packet;
     let icmp = packet::icmp::<F>(skb, packet);
     if let Some(icmp) = &icmp
@@ -100,11 +102,11 @@ fn incoming<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     }
     let (vip, ifindex) = (packet.flow.dst, skb.ifindex());
     if lookup::is_own::<F>(&vip, ifindex) {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     if !lookup::announced(vip, ifindex) {
         match lookup::frontend_exact(vip, Be16::new(0), proto::ANY) {
-            None => return Ok(Verdict::Pass),
+            None => return Ok(Verdict::PASS),
             Some(claim) if claim.flags & frontend_flags::ROUTABLE == 0 => return Err(DropReason::IsClusterIp),
             Some(_) => {}
         }
@@ -128,10 +130,10 @@ fn incoming<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 
 #[inline(always)]
 fn outgoing<F: Family>(skb: Skb) -> Result<Verdict, DropReason> {
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     let packet = &*packet;
-    let Some(icmp) = packet::icmp::<F>(skb, packet) else { return Ok(Verdict::Pass) };
-    Ok(related::<F>(skb, packet, &icmp, Direction::Egress)?.unwrap_or(Verdict::Pass))
+    let Some(icmp) = packet::icmp::<F>(skb, packet) else { return Ok(Verdict::PASS) };
+    Ok(related::<F>(skb, packet, &icmp, Direction::Egress)?.unwrap_or(Verdict::PASS))
 }
 
 /// Turns an echo request into the reply and sends it back. Identifier, sequence and data stay.
@@ -223,5 +225,5 @@ fn related<F: Family>(
         payload = add(payload, add(addresses, outer));
     }
     F::store(skb, packet.l4 + CHECK, &updated(icmp.check, payload))?;
-    Ok(Some(if redirect { Verdict::Sent(route::send::<F>(skb, &route)) } else { Verdict::Translated }))
+    Ok(Some(if redirect { Verdict::Sent(route::send::<F>(skb, &route)) } else { Verdict::TRANSLATED }))
 }

@@ -25,12 +25,12 @@ const ETH_ARP: u16 = 0x0806u16.to_be();
 #[inline(always)]
 pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     match skb.protocol() {
         V4::ETHERTYPE if skb.packet_type() == TO_US => serve::<V4>(skb, link),
         ETH_ARP if link == ETHERNET => arp::respond(skb),
-        _ => Ok(Verdict::Pass),
+        _ => Ok(Verdict::PASS),
     }
 }
 
@@ -38,7 +38,7 @@ pub fn from_netdev(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 #[inline(always)]
 pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.protocol() != V6::ETHERTYPE || skb.packet_type() == TO_ANOTHER_HOST || skb.belongs_to_vlan() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     // Solicitations come to a group, or to the address itself from those who check that it is still here.
     if link == ETHERNET
@@ -47,18 +47,18 @@ pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     {
         return Ok(verdict);
     }
-    if skb.packet_type() == TO_US { serve::<V6>(skb, link) } else { Ok(Verdict::Pass) }
+    if skb.packet_type() == TO_US { serve::<V6>(skb, link) } else { Ok(Verdict::PASS) }
 }
 
 /// A packet for this node's MAC.
 #[inline(always)]
 fn serve<F: Reporter + Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     packet.from = 0;
     wrap::open::<F>(skb, link);
     let parsed = parse::<F>(skb, link, packet);
     // Looked up again, so that the compiler cannot carry over what it knows about the values just written.
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     let packet = &*packet;
     if let Err(unparsed) = parsed {
         if unparsed == Unparsed::Icmp {
@@ -81,13 +81,13 @@ fn serve<F: Reporter + Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReas
 /// What is for no service goes on as it came, but not out of what it came in.
 #[inline(always)]
 fn no_service(packet: &Packet) -> Result<Verdict, DropReason> {
-    if packet.from == 0 { Ok(Verdict::Pass) } else { Err(DropReason::Encapsulated) }
+    if packet.from == 0 { Ok(Verdict::PASS) } else { Err(DropReason::Encapsulated) }
 }
 
 /// [`answer`] with a stack of its own: with that of ICMP there is no room for long addresses.
 #[inline(never)]
 fn apart<F: Reporter + Wrapper>(skb: Skb, link: u32) -> i32 {
-    let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::Pass)) };
+    let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::PASS)) };
     verdict::finish(skb, Direction::Ingress, answer::<F>(skb, link, packet))
 }
 
@@ -99,7 +99,7 @@ fn answer<F: Reporter + Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result
         Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
             Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32)))
         }
-        Ok(Verdict::Refused) => Ok(Verdict::Answered(reject::report::<F>(skb, link, DropReason::NoBackend as u32))),
+        Ok(Verdict::Refused(reason)) => Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32))),
         verdict => verdict,
     }
 }
@@ -157,7 +157,7 @@ fn follow<F: Family>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
     flows::track(packet, flow);
     if !redirect {
         rewrite::translate::<F>(skb, packet, &to, false)?;
-        return Ok(Verdict::Translated);
+        return Ok(Verdict::TRANSLATED);
     }
     let route = route::find::<F>(skb, to.src, to.dst, packet.flow.proto, packet.wire_len(skb))?;
     rewrite::translate::<F>(skb, packet, &to, true)?;
@@ -196,7 +196,7 @@ fn begin<F: Wrapper>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVa
         }
     }
     if frontend.external.count == 0 {
-        return Ok(Verdict::Refused);
+        return Ok(Verdict::Refused(DropReason::NoBackend));
     }
     let id = choose::<F>(skb, link, frontend);
     let backend = lookup::backend(id).ok_or(DropReason::NoBackend)?;
@@ -221,7 +221,7 @@ fn begin<F: Wrapper>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendVa
     let sport = flows::open::<F>(skb, &Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
     rewrite::translate::<F>(skb, packet, &to, redirect)?;
-    if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::Translated) }
+    if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::TRANSLATED) }
 }
 
 /// The backend that the client is bound to, else any; of what a peer has handed on, one of this node if there is one.
@@ -254,17 +254,17 @@ fn choose<F: Family>(skb: Skb, link: u32, frontend: &FrontendValue) -> BackendId
 #[inline(always)]
 pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     if skb.protocol() != F::ETHERTYPE || skb.take_translated() {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
-    let Some(packet) = lookup::scratch() else { return Ok(Verdict::Pass) };
+    let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     match parse::<F>(skb, link, packet) {
         Ok(()) => {}
         Err(Unparsed::Icmp) => return icmp::to_netdev::<F>(skb),
-        Err(_) => return Ok(Verdict::Pass),
+        Err(_) => return Ok(Verdict::PASS),
     }
-    let Some(flow) = flows::find(packet) else { return Ok(Verdict::Pass) };
+    let Some(flow) = flows::find(packet) else { return Ok(Verdict::PASS) };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::PASS);
     }
     let to = Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport };
     flows::track(packet, flow);
@@ -272,5 +272,5 @@ pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> 
         return Err(DropReason::Fragment);
     }
     rewrite::translate::<F>(skb, packet, &to, false)?;
-    Ok(Verdict::Translated)
+    Ok(Verdict::TRANSLATED)
 }

@@ -1,8 +1,9 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
 //! `packet` alone reads packet memory, `lookup`, `flows`, `fragments` and `affinity` alone touch maps, `rewrite`,
-//! `dispatch`, `wrap`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`;
-//! each has programs of its own. Names are Cilium's, so that habits with `bpftool` carry over.
+//! `dispatch`, `wrap`, `accelerate`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in
+//! common is in `family`; each has programs of its own, but for that of XDP, of which a device takes one. Names are
+//! Cilium's, so that habits with `bpftool` carry over.
 //!
 //! Deliberately absent: CO-RE, kernel BTF, kfuncs, `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
 #![no_std]
@@ -14,6 +15,7 @@
 #[cfg(not(target_arch = "bpf"))]
 extern crate std;
 
+mod accelerate;
 mod affinity;
 mod arp;
 mod bind;
@@ -21,6 +23,7 @@ mod dispatch;
 mod family;
 mod flows;
 mod fragments;
+mod frame;
 mod icmp;
 mod ingress;
 mod local;
@@ -35,16 +38,18 @@ mod skb;
 mod sock;
 mod verdict;
 mod wrap;
+mod xdp;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, SockContext, TcContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, SockContext, TcContext, XdpContext},
 };
 use kinesin_abi::Direction;
 
 use crate::{
     family::{V4, V6},
     skb::{ETHERNET, NO_LINK_HEADER, Skb},
+    xdp::Xdp,
 };
 
 macro_rules! device_programs {
@@ -75,6 +80,13 @@ device_programs! {
     cil_from_l3dev6 => Ingress, ingress::from_netdev6, NO_LINK_HEADER;
     /// [`cil_to_netdev6`] for devices without Ethernet header.
     cil_to_l3dev6 => Egress, ingress::to_netdev::<V6>, NO_LINK_HEADER;
+}
+
+/// From the driver of an Ethernet device, before [`cil_from_netdev`] and [`cil_from_netdev6`]: packets of both families that
+/// leave the node again.
+#[xdp]
+pub fn cil_xdp_entry(ctx: XdpContext) -> u32 {
+    accelerate::from_driver(Xdp::new(&ctx))
 }
 
 macro_rules! sock_programs {

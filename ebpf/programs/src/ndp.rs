@@ -10,6 +10,7 @@ use kinesin_abi::{Addr, Direction, DropReason, mac_words, proto};
 
 use crate::{
     family::{Family, V6},
+    frame::Frame,
     lookup,
     packet::{ipv6, link},
     rewrite::{add, fold},

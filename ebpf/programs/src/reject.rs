@@ -24,6 +24,7 @@ use kinesin_abi::{Direction, DropReason, SETTING_REJECT_NO_BACKEND, proto};
 use crate::{
     family::{Family, V4, V6},
     fragments::LATER,
+    frame::Frame,
     lookup,
     packet::{self, Packet, ipv6, link},
     rewrite::{add, fold},

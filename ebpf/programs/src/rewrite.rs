@@ -5,6 +5,7 @@ use kinesin_abi::{Addr, Be16, DropReason, proto};
 use crate::{
     family::{Family, V4, V6},
     fragments::LATER,
+    frame::Frame,
     packet::{Packet, Quoted},
     skb::Skb,
 };
@@ -52,7 +53,7 @@ struct Tail6 {
 
 /// Gives the packet a new tuple, and one hop less where it does not pass the host's stack.
 #[inline(always)]
-pub fn translate<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
+pub fn translate<F: Family>(skb: impl Frame, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
     if F::LONG_ADDRESSES {
         return if apart::<F>(skb, packet, to, hop as u32) == 0 { Ok(()) } else { Err(DropReason::WriteError) };
     }
@@ -61,12 +62,12 @@ pub fn translate<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) ->
 
 /// [`write`] with a stack of its own; 0 where it worked.
 #[inline(never)]
-fn apart<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: u32) -> u32 {
+fn apart<F: Family>(skb: impl Frame, packet: &Packet, to: &Tuple, hop: u32) -> u32 {
     write::<F>(skb, packet, to, hop != 0).is_err() as u32
 }
 
 #[inline(always)]
-fn write<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
+fn write<F: Family>(skb: impl Frame, packet: &Packet, to: &Tuple, hop: bool) -> Result<(), DropReason> {
     let old = &packet.flow;
     let ttl = if hop { packet.ttl.wrapping_sub(1) } else { packet.ttl };
     let difference = F::header(skb, packet, ttl, to.src, to.dst)?;
@@ -89,7 +90,7 @@ fn write<F: Family>(skb: Skb, packet: &Packet, to: &Tuple, hop: bool) -> Result<
 
 /// Gives an IPv4 header a TTL and addresses; returns how the sum of the addresses has changed.
 #[inline(always)]
-pub fn header4(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+pub fn header4(skb: impl Frame, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
     let old = &packet.flow;
     let difference = V4::difference(&old.src, &src, &old.dst, &dst);
     let check = updated(packet.ip_check, add(counted(packet, ttl), difference));
@@ -99,7 +100,7 @@ pub fn header4(skb: Skb, packet: &Packet, ttl: u8, src: Addr, dst: Addr) -> Resu
 
 /// Gives an IPv6 header a hop limit and addresses; returns how the sum of the addresses has changed.
 #[inline(always)]
-pub fn header6(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
+pub fn header6(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
     let difference = V6::difference(&packet.flow.src, &src, &packet.flow.dst, &dst);
     let tail = Tail6 { payload: packet.payload, next: packet.next, hops, src, dst };
     skb.store_and_sum(packet.l3 + PAYLOAD, &tail)?;
@@ -108,7 +109,7 @@ pub fn header6(skb: Skb, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Res
 
 /// Counts one hop of an IPv4 packet, and changes nothing else.
 #[inline(always)]
-pub fn hop4(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+pub fn hop4(skb: impl Frame, packet: &Packet) -> Result<(), DropReason> {
     let (protocol, ttl) = (packet.flow.proto, packet.ttl.wrapping_sub(1));
     let [a, b] = updated(packet.ip_check, counted(packet, ttl)).to_ne_bytes();
     skb.store(packet.l3 + TTL, &[ttl, protocol, a, b])
@@ -116,7 +117,7 @@ pub fn hop4(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
 
 /// Counts one hop of an IPv6 packet, and changes nothing else.
 #[inline(always)]
-pub fn hop6(skb: Skb, packet: &Packet) -> Result<(), DropReason> {
+pub fn hop6(skb: impl Frame, packet: &Packet) -> Result<(), DropReason> {
     skb.store_and_sum(packet.l3 + NEXT, &[packet.next, packet.ttl.wrapping_sub(1)])
 }
 

@@ -11,6 +11,8 @@ use aya_ebpf::{
 };
 use kinesin_abi::{DropReason, proto};
 
+use crate::frame::Frame;
+
 /// Length of an Ethernet header.
 pub const ETHERNET: u32 = 14;
 /// Devices whose packets start with the IP header.
@@ -54,22 +56,6 @@ impl Skb {
         self.0.cast()
     }
 
-    /// Bytes from the link-layer header on.
-    #[inline(always)]
-    pub fn len(self) -> u32 {
-        field!(self, len)
-    }
-
-    #[inline(always)]
-    pub fn data(self) -> usize {
-        field!(self, data) as usize
-    }
-
-    #[inline(always)]
-    pub fn data_end(self) -> usize {
-        field!(self, data_end) as usize
-    }
-
     #[inline(always)]
     pub fn packet_type(self) -> u32 {
         field!(self, pkt_type)
@@ -79,12 +65,6 @@ impl Skb {
     #[inline(always)]
     pub fn protocol(self) -> u16 {
         field!(self, protocol) as u16
-    }
-
-    /// Payload of each segment where several were merged or are still to be made; else 0.
-    #[inline(always)]
-    pub fn segment(self) -> u32 {
-        field!(self, gso_size)
     }
 
     /// The device whose hook runs.
@@ -117,44 +97,12 @@ impl Skb {
         is
     }
 
-    /// Makes `len` bytes readable directly; the old data pointers are void after it.
-    #[inline(always)]
-    pub fn pull(self, len: u32) {
-        // SAFETY: the context is valid. A failure shows at the bounds check that follows.
-        unsafe { h::bpf_skb_pull_data(self.0, len) };
-    }
-
-    #[inline(always)]
-    pub fn store<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
-        self.write(offset, value, 0)
-    }
-
-    /// [`Self::store`], which also tells the kernel where a device has summed the packet up (`CHECKSUM_COMPLETE`).
-    #[inline(always)]
-    pub fn store_and_sum<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
-        self.write(offset, value, BPF_F_RECOMPUTE_CSUM as u64)
-    }
-
     #[inline(always)]
     fn write<T>(self, offset: u32, value: &T, flags: u64) -> Result<(), DropReason> {
         let from = core::ptr::from_ref(value).cast();
         // SAFETY: `value` is readable for its size, and the helper checks the offset.
         let ret = unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, flags) };
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
-    }
-
-    /// Applies a checksum difference of address fields to the transport checksum at `offset`: these are part of the
-    /// pseudo header, which is all that a packet with offloaded checksum carries.
-    #[inline(always)]
-    pub fn replace_pseudo(self, offset: u32, difference: u32, protocol: u8) -> Result<(), DropReason> {
-        let flags = BPF_F_PSEUDO_HDR as u64 | unchecked(protocol);
-        self.replace(offset, 0, difference as u64, flags)
-    }
-
-    /// Applies the change of a four-byte field of the transport header to its checksum at `offset`.
-    #[inline(always)]
-    pub fn replace_word(self, offset: u32, from: u32, to: u32, protocol: u8) -> Result<(), DropReason> {
-        self.replace(offset, from as u64, to as u64, 4 | unchecked(protocol))
     }
 
     #[inline(always)]
@@ -202,6 +150,58 @@ impl Skb {
     #[inline(always)]
     pub fn as_ptr(self) -> *mut __sk_buff {
         self.0
+    }
+}
+
+impl Frame for Skb {
+    const FOLLOWS_EXTENSIONS: bool = true;
+
+    #[inline(always)]
+    fn len(self) -> u32 {
+        field!(self, len)
+    }
+
+    #[inline(always)]
+    fn data(self) -> usize {
+        field!(self, data) as usize
+    }
+
+    #[inline(always)]
+    fn data_end(self) -> usize {
+        field!(self, data_end) as usize
+    }
+
+    #[inline(always)]
+    fn segment(self) -> u32 {
+        field!(self, gso_size)
+    }
+
+    #[inline(always)]
+    fn pull(self, len: u32) {
+        // SAFETY: the context is valid. A failure shows at the bounds check that follows.
+        unsafe { h::bpf_skb_pull_data(self.0, len) };
+    }
+
+    #[inline(always)]
+    fn store<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
+        self.write(offset, value, 0)
+    }
+
+    #[inline(always)]
+    fn store_and_sum<T>(self, offset: u32, value: &T) -> Result<(), DropReason> {
+        self.write(offset, value, BPF_F_RECOMPUTE_CSUM as u64)
+    }
+
+    /// Addresses are part of the pseudo header, which is all that a packet with offloaded checksum carries.
+    #[inline(always)]
+    fn replace_pseudo(self, offset: u32, difference: u32, protocol: u8) -> Result<(), DropReason> {
+        let flags = BPF_F_PSEUDO_HDR as u64 | unchecked(protocol);
+        self.replace(offset, 0, difference as u64, flags)
+    }
+
+    #[inline(always)]
+    fn replace_word(self, offset: u32, from: u32, to: u32, protocol: u8) -> Result<(), DropReason> {
+        self.replace(offset, from as u64, to as u64, 4 | unchecked(protocol))
     }
 }
 

@@ -19,6 +19,7 @@ use kinesin_abi::{Addr, DropReason, PeerKey, PeerValue, proto};
 use crate::{
     dispatch::{KEPT, OUT_OF_HOPS, SENT, TOO_LONG, UNWRITTEN},
     family::{Family, V4, V6},
+    frame::Frame,
     lookup,
     packet::{self, Packet, ipv4, ipv6},
     rewrite::{add, fold},

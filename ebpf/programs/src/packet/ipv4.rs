@@ -6,6 +6,7 @@ use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, ports};
 use crate::{
     family::{Family, V4},
     fragments::LATER,
+    frame::Frame,
     skb::Skb,
 };
 
@@ -31,7 +32,7 @@ pub struct Header {
 
 /// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
 #[inline(always)]
-pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
+pub fn parse(skb: impl Frame, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     linearize(skb);
     let Some(ip) = at::<Header>(skb, l3) else { return Err(Unparsed::Foreign) };
     let header = ((ip.version_ihl & 0x0f) as u32) << 2;

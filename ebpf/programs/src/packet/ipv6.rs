@@ -13,6 +13,7 @@ use super::{Packet, Quoted, Unparsed, at, has_ports, linearize, linearize_to, po
 use crate::{
     family::{Family, V6},
     fragments::LATER,
+    frame::Frame,
     lookup,
     skb::Skb,
 };
@@ -60,7 +61,7 @@ pub struct Upper {
 
 /// Reads an IPv6 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
 #[inline(always)]
-pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
+pub fn parse<C: Frame>(skb: C, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     linearize(skb);
     let Some(ip) = at::<Header>(skb, l3) else { return Err(Unparsed::Foreign) };
     if ip.version_class_label.to_ne_bytes()[0] >> 4 != 6 {
@@ -92,6 +93,9 @@ pub fn parse(skb: Skb, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {
     packet.ip_len = len;
     let end = if len == u16::MAX { skb.len() } else { l3 + len as u32 };
     if !has_ports(first) && first != proto::ICMPV6 {
+        if !C::FOLLOWS_EXTENSIONS {
+            return Err(Unparsed::Extension);
+        }
         linearize_to(skb, l3 + HEADER + MOST_BYTES + 20);
         match upper(skb, l3 + HEADER, first as u32, end, &mut packet.upper) {
             END => {}
@@ -130,7 +134,7 @@ const BROKEN: u32 = 3;
 
 /// Follows the extension headers of a packet from `start`, where one of type `first` is, no further than to `end`.
 #[inline(never)]
-fn upper(skb: Skb, start: u32, first: u32, end: u32, found: &mut Upper) -> u32 {
+fn upper<C: Frame>(skb: C, start: u32, first: u32, end: u32, found: &mut Upper) -> u32 {
     let mut next = first as u8;
     found.fragment = 0;
     found.more = 0;

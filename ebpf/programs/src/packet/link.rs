@@ -3,7 +3,10 @@
 use kinesin_abi::{Addr, proto};
 
 use super::{at, linearize, linearize_to};
-use crate::skb::{ETHERNET, Skb};
+use crate::{
+    frame::Frame,
+    skb::{ETHERNET, Skb},
+};
 
 /// The start of an Ethernet frame.
 #[repr(C)]
@@ -36,7 +39,7 @@ pub fn arp<'a>(skb: Skb) -> Option<&'a Arp> {
 
 /// Reads the Ethernet header.
 #[inline(always)]
-pub fn ethernet<'a>(skb: Skb) -> Option<&'a Ethernet> {
+pub fn ethernet<'a>(skb: impl Frame) -> Option<&'a Ethernet> {
     at(skb, 0)
 }
 

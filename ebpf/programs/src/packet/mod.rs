@@ -9,7 +9,7 @@ pub mod link;
 
 use kinesin_abi::{Be16, DropReason, FlowKey, NodeTag, proto};
 
-use crate::{family::Family, reject::Headers6, skb::Skb, wrap::Outer};
+use crate::{family::Family, frame::Frame, reject::Headers6, skb::Skb, wrap::Outer};
 
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
@@ -71,7 +71,7 @@ pub struct Packet {
 impl Packet {
     /// Length of the IP packet on the wire, where merged segments go one by one, in bytes.
     #[inline(always)]
-    pub fn wire_len(&self, skb: Skb) -> u16 {
+    pub fn wire_len(&self, skb: impl Frame) -> u16 {
         let segment = skb.segment();
         let merged = (self.l4 - self.l3) + self.l4_len as u32 + segment;
         // All ones where there are segments. Without a branch: it would double what the verifier follows.
@@ -102,7 +102,7 @@ pub enum Unparsed {
 
 /// A reference to a header inside the packet, if the packet reaches that far.
 #[inline(always)]
-fn at<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
+fn at<'a, T>(skb: impl Frame, offset: u32) -> Option<&'a T> {
     let start = skb.data() + offset as usize;
     if start + size_of::<T>() > skb.data_end() {
         return None;
@@ -119,12 +119,12 @@ pub fn header<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
 
 /// Makes the headers directly readable where they are in the skb's fragments.
 #[inline(always)]
-pub fn linearize(skb: Skb) {
+pub fn linearize(skb: impl Frame) {
     linearize_to(skb, HEADERS);
 }
 
 #[inline(always)]
-fn linearize_to(skb: Skb, most: u32) {
+fn linearize_to(skb: impl Frame, most: u32) {
     let wanted = if skb.len() < most { skb.len() } else { most };
     if skb.data() + wanted as usize > skb.data_end() {
         skb.pull(wanted);
@@ -139,7 +139,7 @@ fn has_ports(protocol: u8) -> bool {
 
 /// Reads the transport header at `l4` of a packet that ends at `end`.
 #[inline(always)]
-fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Result<(), Unparsed> {
+fn ports(skb: impl Frame, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Result<(), Unparsed> {
     if end > skb.len() {
         return Err(Unparsed::Invalid);
     }
@@ -173,6 +173,16 @@ fn ports(skb: Skb, packet: &mut Packet, l4: u32, end: u32, protocol: u8) -> Resu
         packet.unchecked = (udp[3] == 0) as u8;
     }
     Ok(())
+}
+
+/// The checksum of TCP or UDP whose header is at `l4`; none of anything else, or where the packet ends before.
+#[inline(always)]
+pub fn checksum(skb: impl Frame, l4: u32, protocol: u8) -> Option<u16> {
+    match protocol {
+        proto::TCP => at::<[u16; 10]>(skb, l4).map(|tcp| tcp[8]),
+        proto::UDP => at::<[u16; 4]>(skb, l4).map(|udp| udp[3]),
+        _ => None,
+    }
 }
 
 /// The start of a transport header that errors quote: the sum of its words, and its checksum, or 0 where there is none of
