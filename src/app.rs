@@ -66,9 +66,10 @@ pub fn run(inputs: Inputs) -> anyhow::Result<()> {
     if let Err(error) = footprint::run_in_short_slices() {
         tracing::debug!(%error, "no short time slices: changes may wait longer for a busy processor");
     }
-    // Two threads: the work is small, and each costs memory.
+    // Two threads: the work is small, and each costs memory. So do those for what blocks, which is seldom.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .thread_keep_alive(Duration::from_secs(1))
         .on_thread_park(footprint::on_idle)
         .enable_all()
         .build()?;

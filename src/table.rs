@@ -129,9 +129,22 @@ impl<K: Key, V: PartialEq + Send + Sync + 'static> Table<K, V> {
     /// Subscribes; every existing key counts as changed. `wake` is called from the writer's thread, at most once
     /// between two calls of [`Subscription::take`] and once more for completeness: it must only pass on the hint.
     pub fn subscribe(&self, wake: impl Fn() + Send + Sync + 'static) -> Subscription<K, V> {
+        self.enter(wake, false)
+    }
+
+    /// [`Self::subscribe`] of the one on whom packets wait. It is woken after all others: what a task wakes last, tokio
+    /// runs next on the same thread, while the rest may be taken over by a thread that must first get a processor.
+    pub fn subscribe_urgently(&self, wake: impl Fn() + Send + Sync + 'static) -> Subscription<K, V> {
+        self.enter(wake, true)
+    }
+
+    fn enter(&self, wake: impl Fn() + Send + Sync + 'static, urgent: bool) -> Subscription<K, V> {
         let mailbox =
             Arc::new(Mailbox { dirty: Mutex::default(), woken: AtomicBool::new(false), wake: Box::new(wake) });
-        lock(&self.inner.subscribers).push(Arc::downgrade(&mailbox));
+        let mut subscribers = lock(&self.inner.subscribers);
+        let place = if urgent { subscribers.len() } else { 0 };
+        subscribers.insert(place, Arc::downgrade(&mailbox));
+        drop(subscribers);
         // After registering, so that a key written meanwhile is in at least one of the two.
         let now = Instant::now();
         lock(&mailbox.dirty).extend(self.keys().into_iter().map(|key| (key, now)));

@@ -19,7 +19,9 @@ mod problems;
 mod shared;
 
 pub use problems::Problems;
-pub use shared::{Connections, Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch};
+pub use shared::{
+    Connections, Devices, Leadership, LiveMembers, MapsHandle, StatusKey, StatusOrder, StatusPatch, TablesHandle,
+};
 
 /// Everything that actors share.
 #[derive(Clone)]
@@ -44,7 +46,9 @@ pub struct World {
     pub leases: Table<ObjectKey, Lease>,
     /// Written by link_watcher.
     pub devices: Level<Devices>,
-    /// Written by loader: the maps, and what is attached where.
+    /// Written by loader: the maps, which may still be without programs.
+    pub tables: Level<TablesHandle>,
+    /// Written by loader: the maps with programs, and what is attached where.
     pub maps: Level<MapsHandle>,
     /// Written by flow_collector: what its last pass found.
     pub connections: Level<Connections>,
@@ -56,7 +60,7 @@ pub struct World {
     pub health_checks: Table<ServiceKey, HealthCheck>,
     /// Written by map_writer: services whose entries could not be written, and why.
     pub unwritten: Table<ServiceKey, String>,
-    /// Written by map_writer: set once the first complete sync is in the maps.
+    /// Written by map_writer: set once the first complete sync is in the maps, and these have programs.
     pub programmed: Level<bool>,
     /// Written by leader_elector.
     pub leadership: Level<Leadership>,
@@ -89,6 +93,7 @@ impl World {
             policies: Table::default(),
             leases: Table::default(),
             devices: Level::default(),
+            tables: Level::default(),
             maps: Level::default(),
             connections: Level::default(),
             compiled: Table::default(),

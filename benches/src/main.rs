@@ -1,12 +1,15 @@
 //! `make bench`: what Kinesin costs, as tables of medians. Needs root, and the release binary beside this one.
 //!
-//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests` and `sync`, or those that are named.
-//! Nothing is compared with earlier runs here, and nothing fails because it is slow: docs/performance.md keeps the figures.
+//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests`, `sync` and `flood`, or those that are named.
+//! Nothing is compared with earlier runs here, and nothing fails because it is slow: a table at the end says which goals hold,
+//! and docs/performance.md keeps the figures.
 
 #![allow(clippy::print_stdout, reason = "a program that prints tables")]
 
 mod cluster;
 mod count;
+mod flood;
+mod goals;
 mod kube_proxy;
 mod micro;
 mod objects;
@@ -33,8 +36,13 @@ static ALLOCATOR: count::Counting = count::Counting;
 
 type Section = fn() -> anyhow::Result<()>;
 
-const SECTIONS: [(&str, Section); 4] =
-    [("micro", micro::run), ("programs", programs::run), ("requests", requests::run), ("sync", sync::run)];
+const SECTIONS: [(&str, Section); 5] = [
+    ("micro", micro::run),
+    ("programs", programs::run),
+    ("requests", requests::run),
+    ("sync", sync::run),
+    ("flood", flood::run),
+];
 
 fn main() -> anyhow::Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
@@ -50,6 +58,7 @@ fn main() -> anyhow::Result<()> {
             section().with_context(|| format!("section {name}"))?;
         }
     }
+    goals::print();
     Ok(())
 }
 

@@ -10,13 +10,14 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 use aya::sys::{Stats, enable_stats};
 use kinesin::datapath::{detach_all, links_dir};
-use kinesin::lab::{AgentOptions, HTTP_PORT, Pod};
+use kinesin::lab::{AgentHandle, AgentOptions, HTTP_PORT, Pod};
 use kinesin::net::Rtnl;
 use kinesin::net::rtnl::Route;
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, send};
+use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, pause, send};
+use crate::goals;
 use crate::kube_proxy::{self, KubeProxy};
 use crate::report::{heading, line};
 use crate::traffic::{PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
@@ -38,10 +39,11 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let (pods, sinks) = prepare(&cluster)?;
     let mut columns = Vec::new();
 
-    for mode in ["snat"] {
-        heading(&format!("Through a service's address, over the pod itself: Kinesin, {mode}"));
+    // What is measured, and its `bpf-lb-mode`: `auto` hands packets on to nodes that are neighbours, dispatch `l2`.
+    for (name, mode) in [("l2", "auto"), ("snat", "snat")] {
+        heading(&format!("Through a service's address, over the pod itself: Kinesin, {name}"));
         // The node of the backend needs an agent only where it answers the client itself.
-        let nodes = if mode == "l2" { 2 } else { 1 };
+        let nodes = if name == "l2" { 2 } else { 1 };
         let agents = {
             let _context = cluster.runtime.enter();
             let start = |number: usize| {
@@ -54,9 +56,12 @@ pub(crate) fn run() -> anyhow::Result<()> {
             };
             (1..=nodes).map(start).collect::<Result<Vec<_>, _>>()?
         };
+        if name == "l2" {
+            wait_neighbours(&cluster, &agents[0])?;
+        }
         wait_served(&cluster, || agents[0].logs(20))?;
-        columns.push((format!("Kinesin, {mode}"), measure(&cluster, &pods, &sinks)?));
-        cost_per_run(&cluster)?;
+        columns.push((format!("Kinesin, {name}"), measure(&cluster, &pods, &sinks)?));
+        cost_per_run(&cluster, name)?;
         for agent in agents {
             cluster.runtime.block_on(agent.stop());
         }
@@ -136,6 +141,20 @@ fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
     Ok((pods, sinks))
 }
 
+/// Waits until the entry node hands packets on to the other one.
+fn wait_neighbours(cluster: &Cluster, entry: &AgentHandle) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let (_, text) = cluster.runtime.block_on(entry.get("/v1/status"))?;
+        let mode = serde_json::from_str::<Value>(&text)?["kubeProxyReplacement"]["mode"].as_str().map(str::to_owned);
+        if mode.as_ref().is_some_and(|mode| mode.contains("L2 to 1 of 1")) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "the nodes are not neighbours: {mode:?}; {}", entry.logs(20));
+        pause(Duration::from_millis(50));
+    }
+}
+
 fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     cluster.runtime.block_on(async {
@@ -172,7 +191,7 @@ fn measure(cluster: &Cluster, pods: &[Pod; 2], sinks: &[Sink; 2]) -> anyhow::Res
 }
 
 /// What the kernel's own counters say of the entry node's ingress program, with keep-alive requests to the other node.
-fn cost_per_run(cluster: &Cluster) -> anyhow::Result<()> {
+fn cost_per_run(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
     let _counting = enable_stats(Stats::RunTime)?;
     let before = ingress_counters(cluster)?;
     let to = SocketAddr::from((VIPS[1], 80));
@@ -183,6 +202,7 @@ fn cost_per_run(cluster: &Cluster) -> anyhow::Result<()> {
     let figures =
         [("per run", format!("{each:.0} ns")), ("of", runs.to_string()), ("Cilium (elsewhere)", "1490 ns".into())];
     line("ingress program by run-time counters, other node", &figures);
+    goals::ours(&format!("ingress program, ns per run, {name}"), "≤ 900", format!("{each:.0}"), Some(each <= 900.0));
     Ok(())
 }
 
@@ -206,6 +226,14 @@ fn ingress_counters(cluster: &Cluster) -> anyhow::Result<(Duration, u64)> {
     Ok(sum)
 }
 
+/// Least ratios by kind of load, backend on the entry node and on another.
+const LEAST: [[Option<(f64, &str)>; 2]; 4] = [
+    [Some((1.0, "≥ 1.0")), Some((0.85, "≥ 0.85"))],
+    [Some((0.97, "≥ 0.97")), Some((0.9, "≥ 0.9"))],
+    [Some((1.0, "≥ 1.0")), Some((0.95, "≥ 0.95"))],
+    [None, Some((0.85, "≥ 0.85"))],
+];
+
 fn summary(columns: &[(String, Vec<[f64; 2]>)]) {
     heading("Side by side: medians of ratios, backend on the entry node / on another");
     for (kind, (name, cilium)) in CILIUM.iter().enumerate() {
@@ -215,5 +243,18 @@ fn summary(columns: &[(String, Vec<[f64; 2]>)]) {
             .collect();
         figures.push(("Cilium, snat (elsewhere)", cilium.join(" / ")));
         line(name, &figures);
+        let [(_, first), others @ ..] = columns else { continue };
+        for (place, where_) in NAMES.iter().enumerate() {
+            let row = format!("{name}, {where_}");
+            let (goal, holds) = match LEAST[kind][place] {
+                Some((least, text)) => (text, Some(first[kind][place] >= least)),
+                None => ("-", None),
+            };
+            goals::ours(&row, goal, format!("{:.2}", first[kind][place]), holds);
+            for (column, ratios) in others {
+                goals::other(&row, column, format!("{:.2}", ratios[kind][place]));
+            }
+            goals::other(&row, "Cilium, snat (elsewhere)", cilium[place].to_owned());
+        }
     }
 }

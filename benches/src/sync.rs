@@ -15,11 +15,12 @@ use kinesin::datapath::{detach_all, maps_dir};
 use kinesin::lab::{AgentHandle, AgentOptions};
 use kinesin_abi::{Be16, FrontendKey, FrontendValue, proto};
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, cpu_time, memory, pause, send, set_endpoints};
 use crate::kube_proxy::{self, KubeProxy};
-use crate::objects;
 use crate::report::{heading, line, median, mib, ms, quantile, spread};
+use crate::{goals, objects};
 
 const STARTS: usize = 7;
 const CHANGES: usize = 300;
@@ -33,10 +34,54 @@ const DEFAULT_ROOM: usize = 60_000;
 const DEFAULT_SIZES: &str = "0,100,1000,5000,5000x50";
 
 /// Services, and endpoints of each.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Size {
     services: usize,
     endpoints: usize,
+}
+
+/// What a size should reach.
+struct Goal {
+    size: Size,
+    /// The first sync, in milliseconds.
+    sync: Option<(u128, &'static str)>,
+    /// VmRSS, in MiB.
+    resident: (u64, &'static str),
+}
+
+const GOALS: [Goal; 4] = [
+    Goal { size: Size { services: 0, endpoints: 10 }, sync: None, resident: (15, "≤ 15 MiB") },
+    Goal {
+        size: Size { services: 1000, endpoints: 10 }, sync: Some((500, "≤ 500 ms")), resident: (30, "≤ 30 MiB")
+    },
+    Goal { size: Size { services: 5000, endpoints: 10 }, sync: None, resident: (45, "≤ 45 MiB") },
+    Goal {
+        size: Size { services: 5000, endpoints: 50 }, sync: Some((2000, "≤ 2000 ms")), resident: (75, "≤ 75 MiB")
+    },
+];
+
+/// Names of rows in the table of goals.
+impl Size {
+    fn first_sync(self) -> String {
+        format!("first sync, {self}")
+    }
+
+    fn resident(self) -> String {
+        format!("VmRSS, {self}")
+    }
+
+    fn change(self) -> String {
+        format!("one change, API reply to maps, p99, {self}")
+    }
+}
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.services {
+            0 => f.write_str("nothing"),
+            services => write!(f, "{services} × {}", self.endpoints),
+        }
+    }
 }
 
 fn sizes() -> anyhow::Result<Vec<Size>> {
@@ -69,7 +114,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             cluster.resize(0..there.services, size.endpoints)?;
         }
         there = size;
-        heading(&format!("A real API server, {} services × {}", size.services, size.endpoints));
+        heading(&format!("A real API server, {size}"));
         let agent = first_syncs(&cluster, size)?;
         if size.services >= 1000 {
             changes(&cluster, &agent, size)?;
@@ -142,6 +187,15 @@ fn first_syncs(cluster: &Cluster, size: Size) -> anyhow::Result<AgentHandle> {
             line(&format!("    {name}"), &[("", mib(bytes))]);
         }
     }
+    if let Some(Goal { sync, resident: (most, text), .. }) = GOALS.iter().find(|goal| goal.size == size) {
+        if let Some((most, text)) = sync {
+            let time = median(&fresh);
+            goals::ours(&size.first_sync(), text, ms(time), Some(time.as_millis() <= *most));
+        }
+        let resident = memory(agent.pid(), "VmRSS")?;
+        goals::ours(&size.resident(), text, mib(resident), Some(resident <= most << 20));
+        goals::ours(&format!("memory of the maps, {size}"), "-", mib(total), None);
+    }
     for text in agent.logs(60).lines().filter(|text| text.contains("first complete sync")) {
         println!("    {text}");
     }
@@ -149,7 +203,7 @@ fn first_syncs(cluster: &Cluster, size: Size) -> anyhow::Result<AgentHandle> {
 }
 
 /// Asks until `/healthz` says 200; the time since `begun`.
-fn wait_healthy(begun: Instant) -> anyhow::Result<Duration> {
+pub(crate) fn wait_healthy(begun: Instant) -> anyhow::Result<Duration> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTHZ));
     loop {
         if healthy(address).unwrap_or(false) {
@@ -189,7 +243,7 @@ fn changes(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result
     let Size { services, endpoints } = size;
     let watch = Watch::start(&cluster.node().bpf_root())?;
     let map = frontends(&cluster.node().bpf_root())?;
-    let before = histogram(cluster, agent)?;
+    let before = histogram(&cluster.runtime, agent)?;
     let cpu = cpu_time(agent.pid())?;
     let begun = Instant::now();
     let samples = cluster.with_client(async move |client| {
@@ -218,16 +272,25 @@ fn changes(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result
     let figures = |samples: &[Duration]| [0.5, 0.9, 0.99].map(|share| ms(quantile(samples, share))).join(" / ");
     line("one change, API reply to map, p50 / p90 / p99", &[("", figures(&replied))]);
     line("    counted from sending the request", &[("", figures(&asked))]);
+    let slow = quantile(&replied, 0.99);
+    goals::ours(&size.change(), "≤ 25 ms", ms(slow), Some(slow <= Duration::from_millis(25)));
     let per_change = cpu / u32::try_from(CHANGES)?;
     let figures = [("", ms(per_change)), ("in all, during", ms(took))];
     line("    the agent's processor time per change", &figures);
-    let after = histogram(cluster, agent)?;
+    let after = histogram(&cluster.runtime, agent)?;
     line("    in the agent, event to map, counts by seconds", &[("", between(&before, &after))]);
+    let gained = |bound: &str| {
+        let count = |all: &[(String, u64)]| all.iter().find(|(at, _)| at == bound).map_or(0, |(_, count)| *count);
+        count(&after) - count(&before)
+    };
+    let share = gained("0.001") as f64 / gained("+Inf").max(1) as f64;
+    let within = format!("{:.1} % within it", share * 100.0);
+    goals::ours(&format!("    in the agent, p99, {size}"), "≤ 1 ms", within, Some(share >= 0.99));
     Ok(())
 }
 
 /// What a histogram has gained, by upper bounds.
-fn between(before: &[(String, u64)], after: &[(String, u64)]) -> String {
+pub(crate) fn between(before: &[(String, u64)], after: &[(String, u64)]) -> String {
     let inside: Vec<String> = after
         .iter()
         .map(|(bound, count)| {
@@ -272,8 +335,8 @@ impl Watch {
 }
 
 /// Upper bounds and cumulative counts of the agent's own histogram.
-fn histogram(cluster: &Cluster, agent: &AgentHandle) -> anyhow::Result<Vec<(String, u64)>> {
-    let (_, text) = cluster.runtime.block_on(agent.get("/metrics"))?;
+pub(crate) fn histogram(runtime: &Runtime, agent: &AgentHandle) -> anyhow::Result<Vec<(String, u64)>> {
+    let (_, text) = runtime.block_on(agent.get("/metrics"))?;
     let buckets = text.lines().filter_map(|line| line.strip_prefix("kinesin_endpoint_to_map_seconds_bucket{le=\""));
     Ok(buckets
         .filter_map(|line| line.split_once("\"} "))
@@ -288,7 +351,7 @@ fn churn(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<(
     const CLIENTS: usize = 16;
     let Size { services, endpoints } = size;
     let pid = agent.pid();
-    let before = histogram(cluster, agent)?;
+    let before = histogram(&cluster.runtime, agent)?;
     let (cpu, begun) = (cpu_time(pid)?, Instant::now());
     let end = begun + Duration::from_secs(SECONDS.into());
     let rss = |samples: &mut Vec<u64>| {
@@ -329,7 +392,7 @@ fn churn(cluster: &Cluster, agent: &AgentHandle, size: Size) -> anyhow::Result<(
     let took = begun.elapsed();
     let cpu = cpu_time(pid)?.saturating_sub(cpu);
     // Whatever is still on its way is seen by how long one more change takes to be there.
-    let after = histogram(cluster, agent)?;
+    let after = histogram(&cluster.runtime, agent)?;
     let per_second = f64::from(done) / took.as_secs_f64();
     let cores = cpu.as_secs_f64() / took.as_secs_f64();
     line(
@@ -364,10 +427,10 @@ fn peers(cluster: &Cluster, size: Size) -> anyhow::Result<()> {
         }
         let proxy = KubeProxy::start(cluster, mode)?;
         let synced = proxy.wait_synced()?;
-        line(
-            &format!("{title}: start to first sync"),
-            &[("time", ms(synced)), ("VmRSS", mib(memory(proxy.pid(), "VmRSS")?))],
-        );
+        let resident = mib(memory(proxy.pid(), "VmRSS")?);
+        line(&format!("{title}: start to first sync"), &[("time", ms(synced)), ("VmRSS", resident.clone())]);
+        goals::other(&size.first_sync(), &title, ms(synced));
+        goals::other(&size.resident(), &title, resident);
         let mut samples = Vec::new();
         for _ in 0..PEER_CHANGES {
             // A number that no other section leaves behind, of a service that had none of these changes: it is one.
@@ -378,6 +441,7 @@ fn peers(cluster: &Cluster, size: Size) -> anyhow::Result<()> {
             samples.push(proxy.wait_synced_after(asked)?);
         }
         line(&format!("{title}: one change, request to rules"), &[("time", spread(&samples))]);
+        goals::other(&size.change(), &title, format!("{} (median, from the request)", ms(median(&samples))));
         proxy.stop(cluster)?;
     }
     Ok(())

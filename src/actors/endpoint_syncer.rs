@@ -63,8 +63,8 @@ impl Actor for EndpointSyncer {
         let (host_ports, inherited): (Vec<_>, Vec<_>) =
             world.compiled.keys().into_iter().partition(|key| services::object_of(key).0 == Pod::KIND);
         Ok(Self {
-            services: world.services.subscribe(wake.clone()),
-            slices: world.slices.subscribe(wake.clone()),
+            services: world.services.subscribe_urgently(wake.clone()),
+            slices: world.slices.subscribe_urgently(wake.clone()),
             pods: world.pods.subscribe(wake.clone()),
             nodes: world.nodes.subscribe(wake.clone()),
             devices: world.devices.follow(wake.clone()),

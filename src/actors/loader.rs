@@ -4,7 +4,8 @@
 //! reserves NodePorts
 //! hears: changes of the node's devices and of the configuration, the clock for comparing both and the hooks with what
 //! is there, and for trying again what failed
-//! says: the maps level: the maps and what is attached where
+//! says: the tables level: the maps, which can be filled while the kernel still verifies the programs; the maps level: the
+//! same maps with programs, and what is attached where
 //! restart story: loads again, adopts the pinned maps and replaces the program of each pinned link in place, so that no
 //! packet meets an empty hook
 //!
@@ -39,7 +40,7 @@ use crate::machine;
 use crate::net::local_ports;
 use crate::supervisor::Backoff;
 use crate::sync::lock;
-use crate::world::{Devices, MapsHandle, World};
+use crate::world::{Devices, MapsHandle, TablesHandle, World};
 
 /// What the loader hears.
 pub enum LoaderMsg {
@@ -109,6 +110,8 @@ struct Loaded {
     /// handler waits.
     datapath: Arc<Mutex<Datapath>>,
     store: Arc<dyn MapStore>,
+    /// The programs are verified, and hang at the cgroup.
+    programs: bool,
 }
 
 impl Loaded {
@@ -125,8 +128,9 @@ impl Actor for Loader {
         let wake = me.waker(|| LoaderMsg::Wake);
         let options = Options::from(&*world.config());
         let acceleration = acceleration(&world.config());
-        let mut loader = Self {
-            loaded: load(options.clone(), acceleration).await?,
+        // The programs follow with the first message, which one of the two levels sends.
+        let loader = Self {
+            loaded: open(options.clone(), acceleration).await?,
             options,
             acceleration,
             driven: BTreeSet::new(),
@@ -141,13 +145,15 @@ impl Actor for Loader {
         };
         loader.write_settings()?;
         loader.reserve_node_ports();
-        loader.schedule_retry(false);
-        loader.publish();
+        loader.world.tables.set(loader.tables());
         Ok(loader)
     }
 
     async fn handle(&mut self, message: LoaderMsg) -> Result<(), Failure> {
         let mut taken = 0;
+        if !self.loaded.programs {
+            self.loaded.load_programs(self.options.cgroup.clone()).await?;
+        }
         match message {
             LoaderMsg::Wake => {}
             LoaderMsg::Verify => {
@@ -193,9 +199,9 @@ impl Actor for Loader {
     }
 }
 
-/// Loads on a thread of its own: the verifier takes a good part of a second.
-async fn load(options: Options, acceleration: Acceleration) -> Result<Loaded, Failure> {
-    let (datapath, store) = tokio::task::spawn_blocking(move || {
+/// Makes the maps, on a thread of its own: large ones take the kernel some milliseconds.
+async fn open(options: Options, acceleration: Acceleration) -> Result<Loaded, Failure> {
+    let datapath = tokio::task::spawn_blocking(move || {
         ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
         let load = LoadOptions {
             max_entries: options.sizes,
@@ -204,16 +210,30 @@ async fn load(options: Options, acceleration: Acceleration) -> Result<Loaded, Fa
             acceleration,
             ..LoadOptions::new(&options.bpf_root)
         };
-        let mut datapath = Datapath::load(&load)?;
-        if let Some(cgroup) = &options.cgroup {
-            datapath.attach_cgroup(cgroup);
-        }
-        let store = datapath.maps();
-        anyhow::Ok((datapath, store))
+        anyhow::Ok(Datapath::open(&load)?)
     })
     .await??;
-    let datapath = Arc::new(Mutex::new(datapath));
-    Ok(Loaded { generation: GENERATION.fetch_add(1, Ordering::Relaxed) + 1, datapath, store })
+    let generation = GENERATION.fetch_add(1, Ordering::Relaxed) + 1;
+    let store = datapath.maps();
+    Ok(Loaded { generation, datapath: Arc::new(Mutex::new(datapath)), store, programs: false })
+}
+
+impl Loaded {
+    /// Loads the programs, and attaches those of sockets, on a thread of its own: the verifier takes a good part of a
+    /// second.
+    async fn load_programs(&mut self, cgroup: Option<PathBuf>) -> Result<(), Failure> {
+        let datapath = self.datapath.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut datapath = lock(&datapath);
+            datapath.load_programs();
+            if let Some(cgroup) = &cgroup {
+                datapath.attach_cgroup(cgroup);
+            }
+        })
+        .await?;
+        self.programs = true;
+        Ok(())
+    }
 }
 
 impl From<&Config> for Options {
@@ -231,7 +251,12 @@ impl From<&Config> for Options {
 impl Loader {
     /// Loads with other options; where that fails, everything stays as it was.
     async fn load_anew(&mut self, options: Options) {
-        match load(options.clone(), self.acceleration).await {
+        let loaded = async {
+            let mut loaded = open(options.clone(), self.acceleration).await?;
+            loaded.load_programs(options.cgroup.clone()).await?;
+            Ok::<_, Failure>(loaded)
+        };
+        match loaded.await {
             Ok(loaded) => {
                 tracing::info!("maps and programs were made anew");
                 (self.loaded, self.options) = (loaded, options);
@@ -391,18 +416,8 @@ impl Loader {
         }
     }
 
-    fn publish(&mut self) {
-        let (hooks, unaccelerated) = {
-            let datapath = self.loaded.datapath();
-            let unaccelerated = datapath.unaccelerated().map(|(device, why)| (device.to_owned(), why.to_owned()));
-            (datapath.hooks(), unaccelerated.collect::<Vec<_>>())
-        };
-        self.tell_acceleration(&hooks, &unaccelerated);
-        let Loaded { generation, store, .. } = &self.loaded;
-        let failed =
-            hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
-        self.world.problems.set("hooks", failed.collect());
-        self.world.problems.set("memory", self.options.tight.clone());
+    /// The maps and how much fits.
+    fn tables(&self) -> TablesHandle {
         let MapSizes { frontends, slots, backends, maglev, ranges, .. } = self.options.sizes;
         let maglev_seed = seed(&self.world.config());
         let limits = Limits {
@@ -414,8 +429,24 @@ impl Loader {
             maglev_size: self.options.maglev_size,
             maglev_seed,
         };
-        let store = store.clone();
-        self.world.maps.set(MapsHandle { generation: *generation, store, limits, hooks, unaccelerated });
+        TablesHandle { generation: self.loaded.generation, store: self.loaded.store.clone(), limits }
+    }
+
+    fn publish(&mut self) {
+        let (hooks, unaccelerated) = {
+            let datapath = self.loaded.datapath();
+            let unaccelerated = datapath.unaccelerated().map(|(device, why)| (device.to_owned(), why.to_owned()));
+            (datapath.hooks(), unaccelerated.collect::<Vec<_>>())
+        };
+        self.tell_acceleration(&hooks, &unaccelerated);
+        let failed =
+            hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
+        self.world.problems.set("hooks", failed.collect());
+        self.world.problems.set("memory", self.options.tight.clone());
+        let tables = self.tables();
+        self.world.tables.set(tables.clone());
+        let TablesHandle { generation, store, limits } = tables;
+        self.world.maps.set(MapsHandle { generation, store, limits, hooks, unaccelerated });
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! owns: the plan (ids, slots, what the maps should hold) and every write to the services' maps
 //! hears: changed services, a (re)loaded data path, the clock for comparing maps with the plan
-//! says: which services could not be written; that the first complete sync is in the maps
+//! says: which services could not be written; that the first complete sync is in the maps, and these have programs
 //! restart story: reads the maps back as the actual state, adopts their ids, and plans only the difference; prunes
 //! nothing before every source has reported its first complete list
 //!
@@ -22,7 +22,7 @@ use crate::datapath::{MapStore, TableUsage, table_of};
 use crate::footprint::forget_start;
 use crate::level::Follower;
 use crate::table::Subscription;
-use crate::world::{MapsHandle, World};
+use crate::world::{MapsHandle, TablesHandle, World};
 
 /// What the writer hears.
 pub enum MapWriterMsg {
@@ -44,6 +44,13 @@ impl Label for MapWriterMsg {
 /// Up to this many operations are written on the actor's own thread: they take less than a handler's budget of 10 ms.
 const INLINE_OPS: usize = 2_048;
 
+/// So many services are planned before they are written: many enough for large batches, and few enough that the steps
+/// of a first load do not need more memory than the services.
+const PART: usize = 512;
+
+/// So long after the first sync the last parts of the start run: leases are taken, definitions registered, tables collected.
+const START_LASTS: Duration = Duration::from_secs(3);
+
 /// After a refused write the maps are read back this soon.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -52,6 +59,7 @@ pub struct MapWriter {
     world: World,
     me: Address<MapWriterMsg>,
     compiled: Subscription<ServiceKey, Compiled>,
+    tables: Follower<TablesHandle>,
     maps: Follower<MapsHandle>,
     store: Option<Arc<dyn MapStore>>,
     planner: Planner,
@@ -71,7 +79,8 @@ impl Actor for MapWriter {
         let wake = me.waker(|| MapWriterMsg::Wake);
         let verify = me.cast_after(world.config().services.verify_interval, MapWriterMsg::Verify);
         Ok(Self {
-            compiled: world.compiled.subscribe(wake.clone()),
+            compiled: world.compiled.subscribe_urgently(wake.clone()),
+            tables: world.tables.follow(wake.clone()),
             maps: world.maps.follow(wake),
             store: None,
             planner: Planner::new(Limits::default()),
@@ -85,8 +94,11 @@ impl Actor for MapWriter {
     }
 
     async fn handle(&mut self, message: MapWriterMsg) -> Result<(), Failure> {
-        if let Some(handle) = self.maps.changed() {
-            self.adopt(&handle).await?;
+        if let Some(tables) = self.tables.changed() {
+            self.adopt(tables.store.clone(), &tables.limits).await?;
+        }
+        if let Some(maps) = self.maps.changed() {
+            self.adopt(maps.store.clone(), &maps.limits).await?;
         }
         let Some(store) = self.store.clone() else {
             return Ok(());
@@ -95,15 +107,15 @@ impl Actor for MapWriter {
             MapWriterMsg::Wake => self.sync(&store).await?,
             MapWriterMsg::Verify => self.verify(&store).await?,
         }
+        self.look_whether_all_is_there();
         Ok(())
     }
 }
 
 impl MapWriter {
     /// Starts over on a freshly loaded data path.
-    async fn adopt(&mut self, handle: &MapsHandle) -> Result<(), Failure> {
-        let store = handle.store.clone();
-        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, &store) && self.limits == handle.limits;
+    async fn adopt(&mut self, store: Arc<dyn MapStore>, limits: &Limits) -> Result<(), Failure> {
+        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, &store) && self.limits == *limits;
         if self.store.as_ref().is_some_and(same) {
             return Ok(());
         }
@@ -113,10 +125,10 @@ impl MapWriter {
         })
         .await??;
         tracing::info!(frontends = actual.frontends.len(), backends = actual.backends.len(), "maps adopted");
-        self.planner = Planner::new(handle.limits.clone());
+        self.planner = Planner::new(limits.clone());
         let repairs = self.planner.adopt(actual);
         self.store = Some(store.clone());
-        self.limits = handle.limits.clone();
+        self.limits = limits.clone();
         self.pruned = false;
         self.refused.clear();
         self.compiled.mark_all();
@@ -130,24 +142,30 @@ impl MapWriter {
         // Read before the changes are taken: rows that arrive later come with their own wake-up.
         let complete = self.world.compiled.is_complete();
         let changes = self.compiled.take_since();
-        let mut plans = Vec::new();
-        for (key, compiled, _) in &changes {
-            match compiled {
-                Some(compiled) => self.plan(key, compiled, &mut plans),
-                None => {
-                    self.refused.remove(key);
-                    plans.push(self.planner.remove(key));
+        let first = complete && !self.pruned;
+        let mut written = true;
+        for part in changes.chunks(PART) {
+            let mut plans = Vec::new();
+            for (key, compiled, _) in part {
+                match compiled {
+                    Some(compiled) => self.plan(key, compiled, &mut plans),
+                    None => {
+                        self.refused.remove(key);
+                        plans.push(self.planner.remove(key));
+                    }
                 }
             }
+            // After a refusal the rest waits for the comparison that follows soon.
+            written = written && self.apply(store, self.planner.in_phases(plans), "sync").await;
         }
+        let mut plans = Vec::new();
         if changes.iter().any(|(_, compiled, _)| compiled.is_none()) {
             self.retry_refused(&mut plans);
         }
-        let first = complete && !self.pruned;
         if first {
             plans.push(self.planner.prune());
         }
-        let written = self.apply(store, self.planner.in_phases(plans), "sync").await;
+        written = written && self.apply(store, self.planner.in_phases(plans), "sync").await;
         self.publish_refused();
         histogram!("kinesin_map_sync_seconds").record(begun.elapsed());
         // The first load says nothing about how quickly a change arrives.
@@ -164,10 +182,20 @@ impl MapWriter {
             self.pruned = true;
             let stats = self.planner.stats();
             tracing::info!(services = stats.services, frontends = stats.frontends, backends = stats.backends, took = ?begun.elapsed(), "first complete sync is in the maps");
-            forget_start();
-            self.world.programmed.set(true);
         }
         Ok(())
+    }
+
+    /// Tells when services work for the first time: the maps may be full before the programs that read them are loaded.
+    fn look_whether_all_is_there(&self) {
+        let mine = |maps: &MapsHandle| self.store.as_ref().is_some_and(|store| Arc::ptr_eq(store, &maps.store));
+        if self.pruned && self.world.maps.get().is_some_and(|maps| mine(&maps)) && self.world.programmed.set(true) {
+            // Not on any actor's time, and whether or not this one still lives then.
+            tokio::spawn(async {
+                tokio::time::sleep(START_LASTS).await;
+                forget_start();
+            });
+        }
     }
 
     fn plan(&mut self, key: &ServiceKey, compiled: &Compiled, plans: &mut Vec<Vec<Op>>) {
@@ -288,3 +316,6 @@ fn by_table(ops: &[Op]) -> BTreeMap<(&'static str, &'static str), u64> {
 fn pressure(table: &TableUsage) -> f64 {
     table.entries.unwrap_or(0) as f64 / f64::from(table.max_entries.max(1))
 }
+
+#[cfg(test)]
+mod tests;

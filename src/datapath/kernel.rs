@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use kinesin_abi::{
     Backend, BackendId, COUNT_ACCELERATED, DeviceValue, Direction, DropCounter, DropReason, FlowCount, FlowKey,
-    FlowValue, FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZES, PeerKey, PeerValue, Settings, SocketKey,
-    SocketValue, SourceRangeKey, Timeouts, drop_slot, maglev_size, maglev_words,
+    FlowValue, FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZES, PeerKey, PeerValue, SLOT_EMPTY,
+    Settings, SocketKey, SocketValue, SourceRangeKey, Timeouts, drop_slot, maglev_size, maglev_words,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -67,11 +67,23 @@ impl KernelMaps {
 
     /// All elements of a table that decode.
     fn scan<K: aya::Pod, V: aya::Pod>(&self, table: &'static str) -> Result<Vec<(K, V)>, MapError> {
-        let mut all = Vec::new();
+        self.scan_some(table, |_| true)
+    }
+
+    /// Those elements of a table that decode and whose value is wanted. Most elements of an array are not in use.
+    fn scan_some<K: aya::Pod, V: aya::Pod>(
+        &self,
+        table: &'static str,
+        wanted: impl Fn(&V) -> bool,
+    ) -> Result<Vec<(K, V)>, MapError> {
+        let mut some = Vec::new();
         self.table(table)
-            .scan(|key, value| all.extend(from_bytes(key).zip(from_bytes(value))))
+            .scan(|key, value| {
+                let element = from_bytes(key).zip(from_bytes(value));
+                some.extend(element.filter(|(_, value)| wanted(value)));
+            })
             .map_err(self.failed(table, "read"))?;
-        Ok(all)
+        Ok(some)
     }
 
     fn put<K: aya::Pod, V: aya::Pod>(&self, table: &'static str, key: &K, value: &V) -> Result<(), MapError> {
@@ -242,10 +254,8 @@ impl KernelMaps {
 
 impl MapStore for KernelMaps {
     fn read(&self) -> Result<Actual, MapError> {
-        let mut slots: Vec<(u32, BackendId)> = self.scan("slots")?;
-        slots.retain(|(_, id)| *id != 0);
-        let mut backends: Vec<(BackendId, Backend)> = self.scan("backends")?;
-        backends.retain(|(_, backend)| *backend != Backend::default());
+        let slots = self.scan_some("slots", |id: &BackendId| *id != SLOT_EMPTY)?;
+        let backends = self.scan_some("backends", |backend: &Backend| *backend != Backend::default())?;
         let tables = self.maglev()?;
         let maglev = tables.iter().filter_map(|(base, ids)| Some((from_bytes(base)?, maglev_ids(ids)))).collect();
         let frontends = self.scan::<FrontendKey, FrontendValue>("frontends")?;

@@ -5,7 +5,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
@@ -20,6 +21,7 @@ use super::moving::{Moving, has_connections};
 use super::pin::{self, Migration, Pinned, Shape};
 use super::resize::with_maglev_size;
 use super::{MapStore, TABLES, sys};
+use crate::sync::lock;
 
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kinesin"));
@@ -207,17 +209,35 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Makes or adopts the maps, and loads the programs. Nothing is attached yet: hooks of an earlier agent go on with
-    /// their own programs and maps until [`Self::attach_device`] and [`Self::attach_cgroup`] replace them.
+    /// [`Self::open`] and [`Self::load_programs`]. Nothing is attached yet: hooks of an earlier agent go on with their own
+    /// programs and maps until [`Self::attach_device`] and [`Self::attach_cgroup`] replace them.
     ///
     /// # Errors
-    /// The root is not a bpf filesystem, or a map cannot be made. A program that the verifier refuses is no error here.
+    /// As [`Self::open`].
     pub fn load(options: &LoadOptions) -> Result<Self, LoadError> {
         Self::load_object(OBJECT, options)
     }
 
     /// [`Self::load`] of other bytes than [`OBJECT`].
+    ///
+    /// # Errors
+    /// As [`Self::open`].
     pub fn load_object(object: &[u8], options: &LoadOptions) -> Result<Self, LoadError> {
+        let mut datapath = Self::open_object(object, options)?;
+        datapath.load_programs();
+        Ok(datapath)
+    }
+
+    /// Makes or adopts the maps, which can be filled from now on: verifying the programs takes much longer.
+    ///
+    /// # Errors
+    /// The root is not a bpf filesystem, or a map cannot be made. A program that the verifier refuses is no error here
+    /// and later.
+    pub fn open(options: &LoadOptions) -> Result<Self, LoadError> {
+        Self::open_object(OBJECT, options)
+    }
+
+    fn open_object(object: &[u8], options: &LoadOptions) -> Result<Self, LoadError> {
         let root = &options.bpf_root;
         let pin_error = |path: &Path| {
             let path = path.to_owned();
@@ -286,7 +306,8 @@ impl Datapath {
         }
         let fds = fds.try_into().map_err(|_| LoadError::Object("maps are missing".into()))?;
         let maps = KernelMaps::new(fds).map_err(pin_error(&maps))?;
-        let mut datapath = Self {
+        attach::sweep(&links);
+        Ok(Self {
             ebpf,
             maps: Arc::new(maps),
             options: options.clone(),
@@ -296,37 +317,51 @@ impl Datapath {
             spared: BTreeMap::new(),
             migrations,
             moving: Some(moving),
-        };
-        datapath.load_programs();
-        attach::sweep(&datapath.links);
-        Ok(datapath)
+        })
     }
 
-    /// Each on its own: one that is refused leaves the others working (R34). Those for devices without link-layer header
-    /// wait until there is one, because verifying them takes as long again, and that of drivers for a driver that takes it.
-    fn load_programs(&mut self) {
+    /// Loads the programs, each on its own: one that is refused leaves the others working (R34). Those for devices without
+    /// link-layer header wait until there is one, because verifying them takes as long again, and that of drivers for a
+    /// driver that takes it. Returns when the kernel has verified all of them, as many at a time as there are processors.
+    pub fn load_programs(&mut self) {
         let devices =
             Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| *place != Place::Xdp && self.has(*place));
-        let devices: Vec<_> = devices.map(|(_, program)| program).collect();
-        for program in devices.into_iter().chain(SOCKETS.map(|(program, _)| program)) {
-            self.load_program(program);
-        }
+        // The largest first, so that none of them begins last.
+        let wanted: Vec<_> = devices.map(|(_, program)| program).chain(SOCKETS.map(|(program, _)| program)).collect();
+        let mut programs: Vec<_> = self.ebpf.programs_mut().filter(|(name, _)| wanted.contains(name)).collect();
+        programs.sort_by_key(|(name, _)| wanted.iter().position(|wanted| wanted == name));
+        let missing = wanted.iter().filter(|name| programs.iter().all(|(there, _)| there != *name));
+        let mut refused: Vec<_> =
+            missing.map(|name| ((*name).to_owned(), refusal(&ProgramError::UnexpectedProgramType))).collect();
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(programs.len());
+        let queue = Mutex::new(programs.into_iter());
+        let work = || {
+            let mut refused = Vec::new();
+            loop {
+                // In a statement of its own, which gives the lock back before the kernel begins to verify.
+                let next = lock(&queue).next();
+                let Some((name, program)) = next else { return refused };
+                refused.extend(load_program(program).err().map(|why| (name.to_owned(), why)));
+            }
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            refused.extend(work());
+            for other in others {
+                refused.extend(other.join().expect("loading a program does not panic"));
+            }
+        });
+        self.refused.extend(refused);
     }
 
     /// Loads a program unless it is loaded.
     pub(super) fn load_program(&mut self, name: &str) {
         let result = match self.ebpf.program_mut(name) {
-            Some(Program::SchedClassifier(program)) => program.load(),
-            Some(Program::CgroupSockAddr(program)) => program.load(),
-            Some(Program::CgroupSock(program)) => program.load(),
-            Some(Program::Xdp(program)) => program.load(),
-            _ => Err(ProgramError::UnexpectedProgramType),
+            Some(program) => load_program(program),
+            None => Err(refusal(&ProgramError::UnexpectedProgramType)),
         };
-        match result {
-            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
-            Err(error) => {
-                self.refused.insert(name.to_owned(), refusal(&error));
-            }
+        if let Err(why) = result {
+            self.refused.insert(name.to_owned(), why);
         }
     }
 
@@ -413,6 +448,21 @@ fn map_fd(ebpf: &Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
         _ => return Err(LoadError::Object(format!("map {name} is missing or of another kind"))),
     };
     data.fd().as_fd().try_clone_to_owned().map_err(|error| LoadError::Object(format!("map {name}: {error}")))
+}
+
+/// Loads a program unless it is loaded; says why the kernel refuses it.
+fn load_program(program: &mut Program) -> Result<(), String> {
+    let result = match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::Xdp(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(refusal(&error)),
+    }
 }
 
 /// Before Linux 5.11 maps count against this limit; later it does not matter.

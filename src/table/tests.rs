@@ -48,6 +48,22 @@ fn who_looked_before_the_table_was_complete_is_woken_although_a_wake_up_is_pendi
 }
 
 #[test]
+fn who_is_urgent_is_woken_last_whenever_the_others_subscribed() {
+    let table: Table<u32, &'static str> = Table::default();
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let wake = |name: &'static str| {
+        let order = order.clone();
+        move || lock(&order).push(name)
+    };
+    let subscriptions =
+        [table.subscribe(wake("early")), table.subscribe_urgently(wake("urgent")), table.subscribe(wake("late"))];
+    subscriptions.iter().for_each(|subscription| drop(subscription.take()));
+    lock(&order).clear();
+    table.put(1, "a");
+    assert_eq!(*lock(&order), ["late", "early", "urgent"]);
+}
+
+#[test]
 fn an_equal_value_wakes_nobody() {
     let table = Table::default();
     table.put(1, "a");

@@ -33,6 +33,23 @@ impl Devices {
     }
 }
 
+/// The maps as soon as there are any, for who fills them.
+#[derive(Clone)]
+pub struct TablesHandle {
+    /// That of the [`MapsHandle`] which follows.
+    pub generation: u64,
+    /// The maps.
+    pub store: Arc<dyn MapStore>,
+    /// How much fits.
+    pub limits: Limits,
+}
+
+impl PartialEq for TablesHandle {
+    fn eq(&self, other: &Self) -> bool {
+        self.generation == other.generation && self.limits == other.limits
+    }
+}
+
 /// The loaded data path.
 #[derive(Clone)]
 pub struct MapsHandle {

@@ -201,61 +201,99 @@ impl Planner {
     }
 }
 
-/// Ops that turn `actual` into `expected`, in the order of a plan.
-pub(super) fn difference(actual: &Actual, expected: &Actual) -> Vec<Op> {
-    let mut ops = Vec::new();
-    let mut ends = Vec::new();
+/// Ops that turn `actual` into what the image says, in the order of a plan. Maps are large and differ seldom: nothing is
+/// copied but what differs.
+pub(super) fn difference(actual: &Actual, image: &Image) -> Vec<Op> {
+    let (backends, frees) = compare(&actual.backends, image.backends().map(|(id, entry)| (id, entry.value)));
+    let mut ops: Vec<Op> = backends.into_iter().map(|(id, backend)| Op::Backend(id, backend)).collect();
+    let frees = frees.into_iter().map(|id| Op::Backend(id, Backend::default()));
 
-    let (have, want) = (by_key(&actual.backends), by_key(&expected.backends));
-    ops.extend(changed(&have, &want).map(|(id, backend)| Op::Backend(id, *backend)));
-    let mut frees = Vec::new();
-    frees.extend(
-        extra(&have, &want).filter(|id| have[id] != &Backend::default()).map(|id| Op::Backend(id, Backend::default())),
-    );
+    let (slots, empties) = compare(&actual.slots, image.slots());
+    ops.extend(slots.into_iter().map(|(index, id)| Op::Slot(index, id)));
+    let empties = empties.into_iter().map(|index| Op::Slot(index, SLOT_EMPTY));
 
-    let (have, want) = (by_key(&actual.slots), by_key(&expected.slots));
-    ops.extend(changed(&have, &want).map(|(index, id)| Op::Slot(index, *id)));
-    let empties: Vec<Op> = extra(&have, &want)
-        .filter(|index| *have[index] != SLOT_EMPTY)
-        .map(|index| Op::Slot(index, SLOT_EMPTY))
-        .collect();
+    let tables: BTreeMap<u32, &Table> = image.tables.iter().map(|(base, table)| (*base, table)).collect();
+    let (tables, table_deletes) =
+        compare(&actual.maglev, tables.into_iter().map(|(base, table)| (base, image.table(table))));
+    ops.extend(tables.into_iter().map(|(base, table)| Op::PutMaglev(base, table)));
 
-    let (have, want) = (by_key(&actual.maglev), by_key(&expected.maglev));
-    ops.extend(changed(&have, &want).map(|(base, table)| Op::PutMaglev(base, table.clone())));
-    let table_deletes: Vec<Op> = extra(&have, &want).map(Op::DeleteMaglev).collect();
+    let have: BTreeSet<SourceRangeKey> = actual.source_ranges.iter().copied().collect();
+    let want: BTreeSet<SourceRangeKey> = image.ranges.values().flatten().copied().collect();
+    let foreign = have.difference(&want).map(|key| Op::DeleteSourceRange(*key));
+    ops.extend(want.difference(&have).map(|key| Op::PutSourceRange(*key)));
 
-    let (have, want): (BTreeSet<_>, BTreeSet<_>) =
-        (actual.source_ranges.iter().collect(), expected.source_ranges.iter().collect());
-    let foreign: Vec<Op> = have.difference(&want).map(|key| Op::DeleteSourceRange(**key)).collect();
-    ops.extend(want.difference(&have).map(|key| Op::PutSourceRange(**key)));
-
-    let (have, want) = (by_key(&actual.frontends), by_key(&expected.frontends));
+    let (frontends, deletes) = compare_frontends(&actual.frontends, image);
     // Foreign entries first: they may fill the map, and nobody's traffic needs them.
-    ops.extend(extra(&have, &want).map(Op::DeleteFrontend));
-    ops.extend(changed(&have, &want).map(|(key, value)| Op::PutFrontend(key, *value)));
+    ops.extend(deletes.into_iter().map(Op::DeleteFrontend));
+    ops.extend(frontends.into_iter().map(|(key, value)| Op::PutFrontend(key, value)));
 
-    ends.extend(foreign);
-    ends.extend(table_deletes);
-    ends.extend(empties);
-    ends.extend(frees);
-    ops.extend(ends);
+    ops.extend(foreign);
+    ops.extend(table_deletes.into_iter().map(Op::DeleteMaglev));
+    ops.extend(empties);
+    ops.extend(frees);
     ops
 }
 
-fn by_key<K: Copy + Ord, V>(entries: &[(K, V)]) -> BTreeMap<K, &V> {
-    entries.iter().map(|(key, value)| (*key, value)).collect()
+/// Elements of one map, by key.
+type Elements<K, V> = Vec<(K, V)>;
+
+/// What is wanted and not there, and the keys of what is there and not wanted. `want` is in the order of its keys, and so is
+/// nearly always `have`: arrays are read from their beginning.
+fn compare<K: Copy + Ord, V: PartialEq>(
+    have: &[(K, V)],
+    want: impl Iterator<Item = (K, V)>,
+) -> (Elements<K, V>, Vec<K>) {
+    let mut order: Vec<u32> = Vec::new();
+    if !have.is_sorted_by_key(|(key, _)| *key) {
+        order = (0..have.len() as u32).collect();
+        order.sort_by_key(|at| have[*at as usize].0);
+    }
+    let at = |place: usize| match order.get(place) {
+        Some(at) => have.get(*at as usize),
+        None => have.get(place),
+    };
+    let (mut missing, mut extra, mut place) = (Vec::new(), Vec::new(), 0);
+    for (key, value) in want {
+        while let Some((before, _)) = at(place).filter(|(held, _)| *held < key) {
+            extra.push(*before);
+            place += 1;
+        }
+        match at(place).filter(|(held, _)| *held == key) {
+            Some((_, held)) => {
+                if *held != value {
+                    missing.push((key, value));
+                }
+                place += 1;
+            }
+            None => missing.push((key, value)),
+        }
+    }
+    while let Some((held, _)) = at(place) {
+        extra.push(*held);
+        place += 1;
+    }
+    (missing, extra)
 }
 
-fn changed<'a, K: Copy + Ord, V: PartialEq>(
-    have: &'a BTreeMap<K, &'a V>,
-    want: &'a BTreeMap<K, &'a V>,
-) -> impl Iterator<Item = (K, &'a V)> {
-    want.iter().filter(|(key, value)| have.get(key) != Some(value)).map(|(key, value)| (*key, *value))
-}
-
-fn extra<'a, K: Copy + Ord, V>(
-    have: &'a BTreeMap<K, &'a V>,
-    want: &'a BTreeMap<K, &'a V>,
-) -> impl Iterator<Item = K> + 'a {
-    have.keys().filter(|key| !want.contains_key(key)).copied()
+/// [`compare`] of the frontends, which no side has in order; the results are.
+fn compare_frontends(
+    have: &[(FrontendKey, FrontendValue)],
+    image: &Image,
+) -> (Elements<FrontendKey, FrontendValue>, Vec<FrontendKey>) {
+    let (mut right, mut missing, mut extra) = (0, Vec::new(), Vec::new());
+    for (key, value) in have {
+        match image.frontends.get(key) {
+            Some(entry) if entry.value == *value => right += 1,
+            Some(entry) => missing.push((*key, entry.value)),
+            None => extra.push(*key),
+        }
+    }
+    if right + missing.len() < image.frontends.len() {
+        let there: HashSet<&FrontendKey> = have.iter().map(|(key, _)| key).collect();
+        let absent = image.frontends.iter().filter(|(key, _)| !there.contains(key));
+        missing.extend(absent.map(|(key, entry)| (*key, entry.value)));
+    }
+    missing.sort_unstable_by_key(|(key, _)| *key);
+    extra.sort_unstable();
+    (missing, extra)
 }

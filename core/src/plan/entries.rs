@@ -6,60 +6,52 @@ use kinesin_abi::{BACKEND_LOCAL, Backend, BackendId, BackendState, FrontendValue
 
 use crate::services::ServiceKey;
 
-/// One backend. 56 bytes; with its place in `ids` about 64 bytes a backend.
+/// One backend. 32 bytes (a test holds this); with its place in `ids` about 40 bytes a backend.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BackendEntry {
     /// In the map.
     pub(super) value: Backend,
-    /// How many services claim it in each state (index: state - 1).
-    pub(super) claims: [u32; 4],
-    /// How many services claim that it is local.
-    pub(super) local: u32,
-    /// Where all claims say that it runs; see `Image::disputed` for when they differ.
-    pub(super) node: NodeTag,
+    /// How many services claim it. What they say is in `value`, unless `Image::said` has it.
+    pub(super) claims: u32,
     /// How many slots hold it.
     pub(super) slots: u32,
-    /// Found at the start; somebody may still claim it, so it stays until the prune.
-    pub(super) adopted: bool,
-}
-
-impl BackendEntry {
-    pub(super) fn claimed(&self) -> bool {
-        self.claims.iter().any(|n| *n > 0)
-    }
-
-    /// Goes when its only claim goes.
-    pub(super) fn only_claim(&self) -> bool {
-        self.claims.iter().sum::<u32>() == 1 && !self.adopted
-    }
 }
 
 /// What one service says of one backend: 8 bytes for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claim {
     pub(super) id: BackendId,
-    /// [`Backend::flags`], and in bits that these do not use, the state.
-    said: u32,
+    pub(super) said: Said,
 }
-
-/// Where [`Claim::said`] has the state, which is below 8.
-const STATE_SHIFT: u32 = 1;
 
 impl Claim {
     pub(super) fn new(id: BackendId, value: &Backend) -> Self {
-        Self { id, said: value.flags | u32::from(value.state) << STATE_SHIFT }
+        Self { id, said: Said::of(value) }
+    }
+}
+
+/// What a service says of a backend: [`Backend::flags`], and in bits that these do not use, the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Said(u32);
+
+/// Where [`Said`] has the state, which is below 8.
+const STATE_SHIFT: u32 = 1;
+
+impl Said {
+    pub(super) fn of(value: &Backend) -> Self {
+        Self(value.flags | u32::from(value.state) << STATE_SHIFT)
     }
 
     pub(super) fn state(self) -> Option<BackendState> {
-        claimable((self.said >> STATE_SHIFT & 0b111) as u8)
+        claimable((self.0 >> STATE_SHIFT & 0b111) as u8)
     }
 
     pub(super) fn is_local(self) -> bool {
-        self.said & BACKEND_LOCAL != 0
+        self.0 & BACKEND_LOCAL != 0
     }
 
     pub(super) fn node(self) -> NodeTag {
-        Backend { flags: self.said, ..Backend::default() }.node()
+        Backend { flags: self.0, ..Backend::default() }.node()
     }
 }
 
@@ -103,5 +95,16 @@ impl FrontendEntry {
     /// Adopted, and nobody has claimed it so far.
     pub(super) fn unclaimed(&self) -> bool {
         self.owner.is_none() && self.users == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_takes_no_more_than_it_must() {
+        assert_eq!(size_of::<BackendEntry>(), 32);
+        assert_eq!(size_of::<Claim>(), 8);
     }
 }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 use kinesin_abi::{
-    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, NodeTag, SLOT_EMPTY,
-    SetRef, SourceRangeKey, frontend_flags,
+    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, FrontendKey, FrontendValue, SLOT_EMPTY, SetRef,
+    SourceRangeKey, frontend_flags,
 };
 
-use super::entries::{BackendEntry, Block, Claim, FrontendEntry, Table, claimable};
+use super::entries::{BackendEntry, Block, Claim, FrontendEntry, Said, Table};
 use super::places;
 use super::slots::Slots;
 use super::stages::Stages;
@@ -38,8 +38,10 @@ pub(super) struct Image {
     /// Ids by their backends' keys. The keys are in `backends` and not here once more.
     ids: HashTable<BackendId>,
     hasher: RandomState,
-    /// Backends about whose node services disagree: how many say what. Packets to them are not handed on.
-    disputed: HashMap<BackendId, BTreeMap<NodeTag, u32>>,
+    /// Backends of which some service says something else than the map holds: how many say what.
+    said: HashMap<BackendId, BTreeMap<Said, u32>>,
+    /// Backends found at the start. Somebody may still claim them, so they stay until the prune.
+    adopted: BTreeSet<BackendId>,
     /// Free ids below `backends.len()`, the one free for longest first.
     released: VecDeque<BackendId>,
     used: usize,
@@ -66,7 +68,8 @@ impl Image {
             backends: vec![BackendEntry::default()],
             ids: HashTable::new(),
             hasher: RandomState::new(),
-            disputed: HashMap::new(),
+            said: HashMap::new(),
+            adopted: BTreeSet::new(),
             released: VecDeque::new(),
             used: 0,
             slots: Vec::new(),
@@ -117,56 +120,67 @@ impl Image {
         rested.copied().chain(fresh).chain(resting.copied()).take(n).collect()
     }
 
-    /// Adds a service's claim. `value` says state and locality; the id is new when nobody had the backend.
+    /// Goes when its only claim goes.
+    pub(super) fn only_claim(&self, id: BackendId) -> bool {
+        self.backend(id).is_some_and(|entry| entry.claims == 1) && !self.adopted.contains(&id)
+    }
+
+    /// Adds a service's claim. `value` says state, locality and node; the id is new when nobody had the backend.
     pub(super) fn claim(&mut self, id: BackendId, value: Backend) {
-        let Some(state) = claimable(value.state) else { return };
+        let said = Said::of(&value);
+        if said.state().is_none() {
+            return;
+        }
         if self.backend(id).is_none() {
             self.take_id(id, value);
         }
         let entry = &mut self.backends[id as usize];
-        let before = entry.claims.iter().sum();
-        entry.claims[state as usize - 1] += 1;
-        entry.local += value.flags & BACKEND_LOCAL;
-        let node = value.node();
-        if let Some(said) = self.disputed.get_mut(&id) {
-            *said.entry(node).or_default() += 1;
-        } else if before == 0 {
-            entry.node = node;
-        } else if entry.node != node {
-            self.disputed.insert(id, BTreeMap::from([(entry.node, before), (node, 1)]));
+        let (before, known) = (entry.claims, Said::of(&entry.value));
+        entry.claims += 1;
+        if said == known && !self.said.contains_key(&id) {
+            return;
         }
+        let all = self.said.entry(id).or_insert_with(|| (before > 0).then_some((known, before)).into_iter().collect());
+        *all.entry(said).or_default() += 1;
     }
 
     /// Takes a service's claim back.
     pub(super) fn unclaim(&mut self, claim: Claim, stages: &mut Stages) {
-        let Some(state) = claim.state() else { return };
         let Some(entry) = self.backends.get_mut(claim.id as usize) else { return };
-        let count = &mut entry.claims[state as usize - 1];
-        *count = count.saturating_sub(1);
-        entry.local = entry.local.saturating_sub(u32::from(claim.is_local()));
-        if let Some(said) = self.disputed.get_mut(&claim.id) {
-            if let Some(count) = said.get_mut(&claim.node()) {
+        if claim.said.state().is_none() {
+            return;
+        }
+        entry.claims = entry.claims.saturating_sub(1);
+        if let Some(all) = self.said.get_mut(&claim.id) {
+            if let Some(count) = all.get_mut(&claim.said) {
                 *count = count.saturating_sub(1);
             }
-            said.retain(|_, count| *count > 0);
-            if said.len() <= 1 {
-                entry.node = said.keys().next().copied().unwrap_or_default();
-                self.disputed.remove(&claim.id);
+            all.retain(|_, count| *count > 0);
+            if all.is_empty() {
+                self.said.remove(&claim.id);
             }
         }
         stages.touched.push(claim.id);
     }
 
-    /// Writes what the claims add up to: the best state that any service gives it. What was found at the start counts as
-    /// a claim until the prune, since its services may not have reported yet.
+    /// Writes what the claims add up to: the best state that any service gives it, and the node if all name the same. What
+    /// was found at the start counts as a claim until the prune, since its services may not have reported yet.
     pub(super) fn settle(&mut self, id: BackendId, is_new: bool, stages: &mut Stages) {
-        let Some(entry) = self.backends.get_mut(id as usize) else { return };
-        let Some(best) = entry.claims.iter().position(|n| *n > 0) else { return };
-        let node = if self.disputed.contains_key(&id) { 0 } else { entry.node };
-        let local = entry.local > 0 || entry.adopted && entry.value.flags & BACKEND_LOCAL != 0;
-        let mut value = Backend { state: best as u8 + 1, flags: Backend::flags_of(local, node), ..entry.value };
-        if entry.adopted {
-            value.state = value.state.min(entry.value.state);
+        let Some(entry) = self.backends.get_mut(id as usize).filter(|entry| entry.claims > 0) else { return };
+        let mut value = entry.value;
+        if let Some(all) = self.said.get(&id) {
+            let mut nodes = all.keys().map(|said| said.node());
+            let first = nodes.next().unwrap_or_default();
+            // Packets to a backend of which it is not known where it runs are not handed on.
+            let node = if nodes.all(|node| node == first) { first } else { 0 };
+            let adopted = self.adopted.contains(&id);
+            let local = all.keys().any(|said| said.is_local()) || adopted && value.is_local();
+            let best = all.keys().filter_map(|said| said.state()).min().map_or(value.state, |state| state as u8);
+            value.state = if adopted { best.min(value.state) } else { best };
+            value.flags = Backend::flags_of(local, node);
+            if all.len() == 1 && all.contains_key(&Said::of(&value)) {
+                self.said.remove(&id);
+            }
         }
         if is_new || value != entry.value {
             entry.value = value;
@@ -176,7 +190,8 @@ impl Image {
 
     /// Takes over a backend that the map holds under this id.
     pub(super) fn adopt_backend(&mut self, id: BackendId, value: Backend) {
-        self.make_entry(id, BackendEntry { value, adopted: true, ..BackendEntry::default() });
+        self.make_entry(id, BackendEntry { value, ..BackendEntry::default() });
+        self.adopted.insert(id);
         if self.backend_id(&key_of(&value)).is_none() {
             self.enter_id(id);
         }
@@ -210,7 +225,7 @@ impl Image {
 
     fn free_backend(&mut self, id: BackendId, stages: &mut Stages) {
         let Some(entry) = self.backend(id) else { return };
-        if entry.claimed() || entry.slots > 0 || entry.adopted {
+        if entry.claims > 0 || entry.slots > 0 || self.adopted.contains(&id) {
             return;
         }
         let value = entry.value;
@@ -226,11 +241,9 @@ impl Image {
 
     /// From now on backends that nobody claims are not kept for anybody.
     pub(super) fn end_adoption(&mut self, stages: &mut Stages) {
-        for id in 0..self.backends.len() as u32 {
-            if std::mem::take(&mut self.backends[id as usize].adopted) {
-                stages.touched.push(id);
-                self.settle(id, false, stages);
-            }
+        for id in std::mem::take(&mut self.adopted) {
+            stages.touched.push(id);
+            self.settle(id, false, stages);
         }
     }
 

@@ -161,8 +161,9 @@ impl Planner {
         let leaving = record
             .claims
             .iter()
+            .filter(|claim| self.image.only_claim(claim.id))
             .filter_map(|claim| self.image.backend(claim.id))
-            .filter(|entry| entry.only_claim() && !wanted.contains(&key_of(&entry.value)))
+            .filter(|entry| !wanted.contains(&key_of(&entry.value)))
             .count();
         missing > 0
             && leaving > 0
@@ -224,7 +225,7 @@ impl Planner {
     /// What makes maps that hold `actual` hold what they should: for maps that somebody else has changed, and after a
     /// write that failed. Missing and foreign entries are equally fine (R03).
     pub fn repair(&self, actual: &Actual) -> Vec<Op> {
-        super::adopt::difference(actual, &self.expected())
+        super::adopt::difference(actual, &self.image)
     }
 
     /// What the maps hold once all ops so far are done, sorted by key.

@@ -332,6 +332,9 @@ async fn config(options: &KubernetesOptions) -> Result<Config, ConnectError> {
     Ok(config)
 }
 
+/// Each watch has a connection with a buffer that grows with what comes, and stays: a TLS record is 16 KiB at most.
+const READ_BUFFER: usize = 64 << 10;
+
 /// A client with connections that notice when their peer is dead. Deliberately without kube's own retries: whoever calls
 /// knows better what is still worth repeating.
 fn server(config: Config) -> Result<Server, ConnectError> {
@@ -354,7 +357,11 @@ fn server(config: Config) -> Result<Server, ConnectError> {
         .option_layer(config.auth_layer().map_err(wrong)?)
         .layer(config.extra_headers_layer().map_err(wrong)?)
         .map_err(BoxError::from)
-        .service(hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector));
+        .service(
+            hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+                .http1_max_buf_size(READ_BUFFER)
+                .build(connector),
+        );
     let client = Client::new(service, config.default_namespace.clone());
     Ok(Server { client, url })
 }
