@@ -22,6 +22,8 @@ mod hooks;
 mod input;
 #[path = "chaos/memory.rs"]
 mod memory;
+#[path = "chaos/ports.rs"]
+mod ports;
 #[path = "chaos/power.rs"]
 mod power;
 #[path = "chaos/tampering.rs"]
