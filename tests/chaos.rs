@@ -14,10 +14,16 @@ mod actors;
 mod agents;
 #[path = "chaos/escalation.rs"]
 mod escalation;
+#[path = "chaos/flows.rs"]
+mod flows;
 #[path = "chaos/hooks.rs"]
 mod hooks;
 #[path = "chaos/input.rs"]
 mod input;
+#[path = "chaos/memory.rs"]
+mod memory;
+#[path = "chaos/ports.rs"]
+mod ports;
 #[path = "chaos/power.rs"]
 mod power;
 #[path = "chaos/tampering.rs"]

@@ -41,7 +41,8 @@ use feed::SourceKind;
 type Test = (&'static str, fn() -> anyhow::Result<()>);
 
 /// What is no case file.
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 11] = [
+    ("every_case_is_in_the_table_of_rules", case::every_case_is_in_the_table_of_rules),
     ("r40_edits_end_as_if_created_so", edits::r40_edits_end_as_if_created_so),
     (
         "r56_a_single_change_goes_at_once_and_a_burst_in_batches",
@@ -50,6 +51,7 @@ const TESTS: [Test; 9] = [
     ("r38_odd_slices_and_nodes_in_manifests", odd::r38_odd_slices_and_nodes_in_manifests),
     ("r38_odd_slices_and_nodes_of_an_api_server", odd::r38_odd_slices_and_nodes_of_an_api_server),
     ("r38_odd_values_in_this_nodes_own_object", odd::r38_odd_values_in_this_nodes_own_object),
+    ("r38_odd_pods_in_manifests", odd::r38_odd_pods_in_manifests),
     ("r39_odd_services_in_manifests", odd::r39_odd_services_in_manifests),
     ("r39_odd_services_of_an_api_server", odd::r39_odd_services_of_an_api_server),
     ("r39_annotation_flips_on_a_live_service_in_manifests", odd::r39_annotation_flips_on_a_live_service_in_manifests),

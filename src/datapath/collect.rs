@@ -65,7 +65,7 @@ impl<T: Flows> Pass<'_, T> {
         self.tables.scan(table, &mut |key, value| {
             let expired = self.expired(table, &key, &value)? && self.remove(table, &key)?;
             found.note(key.proto, expired);
-            if !expired {
+            if !expired && PortCount::counts(&key, &value) && !self.is_copy(table, &key)? {
                 self.ports.note(&key, &value);
             }
             // Or a new connection would find what the old one left behind when it moved.
@@ -77,13 +77,17 @@ impl<T: Flows> Pass<'_, T> {
         Ok(found)
     }
 
+    /// Whether this is what a connection left behind when it moved, not collected yet.
+    fn is_copy(&self, table: &'static str, key: &FlowKey) -> Result<bool, MapError> {
+        Ok(table == TRANSIENT && key.proto == proto::TCP && self.tables.get(SETTLED, key)?.is_some())
+    }
+
     /// Whether both directions have been silent for too long.
     fn expired(&mut self, table: &'static str, key: &FlowKey, value: &FlowValue) -> Result<bool, MapError> {
         if !self.silent(table, key, value)? {
             return Ok(false);
         }
-        if table == TRANSIENT && key.proto == proto::TCP && self.tables.get(SETTLED, key)?.is_some() {
-            // What it left behind when it moved.
+        if self.is_copy(table, key)? {
             return Ok(true);
         }
         let other = value.partner_key(key);

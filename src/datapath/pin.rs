@@ -162,12 +162,20 @@ fn inner_value_size(outer: &OwnedFd) -> io::Result<Option<u32>> {
     Ok(Some(sys::map_info(inner.as_fd())?.value))
 }
 
+/// `BPF_MAP_TYPE_PERCPU_ARRAY`
+const PERCPU_ARRAY: u32 = 6;
+
 /// Copies what fits from a map of another shape; returns (kept, lost).
 pub(crate) fn copy(from: &OwnedFd, to: &OwnedFd, cpus: usize, maps: bool) -> io::Result<(usize, usize)> {
+    let is_array = matches!(sys::map_info(from.as_fd())?.kind, sys::MAP_ARRAY | PERCPU_ARRAY);
     let (from, to) = (Table::new(from.try_clone()?, cpus)?, Table::new(to.try_clone()?, cpus)?);
     let (mut keys, mut values, mut count) = (Vec::new(), Vec::new(), 0usize);
     from.scan(|key, value| {
-        // Elements of arrays always exist; those never written are zero in the new one too.
+        // Elements of arrays always exist; those never written are zero in the new one too, and nothing lost where that is
+        // too short for them.
+        if is_array && value.iter().all(|byte| *byte == 0) {
+            return;
+        }
         keys.extend_from_slice(key);
         values.extend_from_slice(value);
         count += 1;

@@ -170,7 +170,7 @@ pub(crate) const LINK_XDP: u32 = 6;
 /// `BPF_LINK_TYPE_TCX`
 pub(crate) const LINK_TCX: u32 = 11;
 /// `BPF_MAP_TYPE_ARRAY`
-const MAP_ARRAY: u32 = 2;
+pub(crate) const MAP_ARRAY: u32 = 2;
 
 fn info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();

@@ -15,7 +15,7 @@ use kinesin::actors::endpoint_watcher::EndpointWatcher;
 use kinesin::actors::feed::WatcherArgs;
 use kinesin::actors::lb_ipam::LbIpam;
 use kinesin::actors::map_writer::MapWriter;
-use kinesin::actors::object_watcher::{NodeWatcher, PoolWatcher};
+use kinesin::actors::object_watcher::{NodeWatcher, PodWatcher, PoolWatcher};
 use kinesin::actors::service_watcher::ServiceWatcher;
 use kinesin::actors::status_writer::StatusWriter;
 use kinesin::address::Address;
@@ -160,10 +160,12 @@ impl Agent {
         let seen = |written: &Written| {
             // The watch of an API server keeps of a slice's labels only the Service's name; its objects have versions.
             let arrived = self.meta(&written.key).is_some_and(|meta| match written.version {
+                // Of a pod's metadata little is kept.
+                0 if written.key.0 == "Pod" => meta.generation.to_string() == written.stamp,
                 0 => meta.labels.get(WRITE_LABEL).is_some_and(|stamp| *stamp == written.stamp),
                 version => meta.resource_version.parse().unwrap_or(0) >= version,
             });
-            arrived || self.is_refused(&written.key)
+            arrived || !written.watched || self.is_refused(&written.key)
         };
         let what = || format!("{written:?} and no more {delete:?}");
         self.until(&what(), || written.iter().all(seen) && delete.iter().all(|key| self.meta(key).is_none())).await?;
@@ -186,7 +188,7 @@ impl Agent {
         let world = &self.world;
         self.until("the first lists", || {
             let lists = [world.services.is_complete(), world.slices.is_complete(), world.nodes.is_complete()];
-            lists == [true; 3] && world.pools.is_complete()
+            lists == [true; 3] && world.pools.is_complete() && world.pods.is_complete()
         })
         .await?;
         // Not through the source: it shall not change what a case has there.
@@ -230,6 +232,7 @@ impl Agent {
         match kind.as_str() {
             "Service" => world.services.get(&key).map(|object| object.metadata.clone()),
             "EndpointSlice" => world.slices.get(&key).map(|object| object.metadata.clone()),
+            "Pod" => world.pods.get(&key).map(|object| object.metadata.clone()),
             "Node" => world.nodes.get(&key).map(|object| object.metadata.clone()),
             "CiliumLoadBalancerIPPool" => world.pools.get(&key).map(|object| object.metadata.clone()),
             other => panic!("no table holds objects of kind {other}"),
@@ -255,7 +258,8 @@ impl Agent {
             lines.push(format!("source: {}", &problem[place.map_or(0, |end| end + 2)..]));
         }
         for (key, compiled) in self.world.compiled.rows() {
-            lines.extend(compiled.problems.iter().map(|problem| format!("Service {key}: {problem}")));
+            let (kind, key) = services::object_of(&key);
+            lines.extend(compiled.problems.iter().map(|problem| format!("{kind} {key}: {problem}")));
         }
         lines.extend(self.world.unwritten.rows().into_iter().map(|(key, text)| format!("Service {key}: {text}")));
         lines
@@ -316,7 +320,12 @@ impl Agent {
                     "{} {} {}{port}{scope}{status} -> {}",
                     view.address,
                     view.kind,
-                    view.service,
+                    // What tells a pod from its successors differs from run to run.
+                    if view.service.contains(":host-port:") {
+                        view.service.rsplit_once(':').map_or("", |(name, _)| name)
+                    } else {
+                        &view.service
+                    },
                     if backends.is_empty() { "-".into() } else { backends.join(" ") }
                 ));
             }
@@ -436,6 +445,13 @@ fn tree(world: &World, kernel_world: &World, source: &Arc<dyn Source>, config: C
             watcher!(ServiceWatcher, "service_watcher", services, services),
             watcher!(EndpointWatcher, "endpoint_watcher", endpoint_slices, slices),
             watcher!(NodeWatcher, "node_watcher", nodes, nodes),
+            {
+                let (world, source) = (world.clone(), source.clone());
+                Child::actor::<PodWatcher>(&Address::new("pod_watcher"), move || WatcherArgs {
+                    events: source.pods(NODE),
+                    table: world.pods.clone(),
+                })
+            },
             watcher!(PoolWatcher, "pool_watcher", pools, pools),
             Child::actor::<EndpointSyncer>(&Address::new("endpoint_syncer"), w(world)),
             Child::actor::<MapWriter>(&Address::new("map_writer_memory"), w(world)),

@@ -59,6 +59,24 @@ pub fn name(path: &Path) -> String {
     format!("{}/{}", part(path.parent().and_then(Path::file_name)), part(path.file_stem()))
 }
 
+/// `tests/scenarios/README.md` names every case file, under the heading of its section or with the section before it.
+pub fn every_case_is_in_the_table_of_rules() -> Result<()> {
+    let table = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios/README.md"))?;
+    let mut named = std::collections::BTreeSet::new();
+    let mut section = "";
+    for line in table.lines() {
+        if let Some(title) = line.strip_prefix("## ") {
+            section = title.split(' ').next().unwrap_or_default();
+        }
+        for word in line.split('`').skip(1).step_by(2) {
+            named.insert(if word.contains('/') { word.to_owned() } else { format!("{section}/{word}") });
+        }
+    }
+    let missing: Vec<String> = files().iter().map(|path| name(path)).filter(|name| !named.contains(name)).collect();
+    ensure!(missing.is_empty(), "tests/scenarios/README.md says of no rule that these show it: {missing:?}");
+    Ok(())
+}
+
 /// Reads a case file.
 pub fn read(path: &Path) -> Result<Case> {
     let text = std::fs::read_to_string(path)?;

@@ -43,6 +43,8 @@ pub struct Written {
     pub stamp: String,
     /// The API server's version of it; 0 in a directory.
     pub version: u64,
+    /// The agent keeps such an object: of pods, those of its node that have a network of their own.
+    pub watched: bool,
 }
 
 /// Label with the number of the write that last touched an object: how a test knows that it has arrived.
@@ -107,8 +109,13 @@ impl Feed {
         match &mut self.to {
             To::Directory { manifests, objects, .. } => {
                 for object in stamped {
-                    written.push(Written { key: key_of(&object), stamp: stamp.clone(), version: 0 });
-                    objects.insert(key_of(&object), object);
+                    let mut object = object;
+                    if key_of(&object).0 == "Pod" {
+                        object["metadata"]["generation"] = json!(self.writes);
+                    }
+                    let (key, watched) = (key_of(&object), is_watched(&object));
+                    written.push(Written { key: key.clone(), stamp: stamp.clone(), version: 0, watched });
+                    objects.insert(key, object);
                 }
                 for key in delete {
                     objects.remove(key).with_context(|| format!("{key:?} is not there to be deleted"))?;
@@ -118,14 +125,17 @@ impl Feed {
             To::Server { client, applied, .. } => {
                 for object in stamped {
                     let key = key_of(&object);
+                    let watched = is_watched(&object);
                     let version = put(client, &key, object).await?;
-                    written.push(Written { key: key.clone(), stamp: stamp.clone(), version });
+                    written.push(Written { key: key.clone(), stamp: stamp.clone(), version, watched });
                     if !applied.contains(&key) {
                         applied.push(key);
                     }
                 }
                 for key in delete {
-                    send(client, "DELETE", &path_of(key)?, &json!({})).await?;
+                    // Nobody is there who would end a pod's containers.
+                    let now = if key.0 == "Pod" { json!({"gracePeriodSeconds": 0}) } else { json!({}) };
+                    send(client, "DELETE", &path_of(key)?, &now).await?;
                     applied.retain(|known| known != key);
                 }
             }
@@ -174,6 +184,11 @@ pub fn key_of(object: &Value) -> Key {
     (kind, namespace, name)
 }
 
+fn is_watched(object: &Value) -> bool {
+    let spec = &object["spec"];
+    object["kind"] != "Pod" || spec["nodeName"] == crate::agent::NODE && spec["hostNetwork"] != true
+}
+
 fn is_namespaced(kind: &str) -> bool {
     matches!(kind, "Service" | "EndpointSlice" | "Pod")
 }
@@ -198,6 +213,8 @@ pub fn path_of((kind, namespace, name): &Key) -> Result<String> {
 async fn put(client: &Client, key: &Key, mut object: Value) -> Result<u64> {
     let path = path_of(key)?;
     let status = object.as_object_mut().and_then(|fields| fields.remove("status"));
+    // The server gives each object one.
+    object["metadata"].as_object_mut().and_then(|fields| fields.remove("uid"));
     if key.1 != "default" && !key.1.is_empty() {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": key.1}});
         send(client, "PATCH", &format!("/api/v1/namespaces/{}", key.1), &namespace).await?;

@@ -32,12 +32,14 @@ const NAMED: usize = 8;
 pub struct PortCount(HashMap<Ports, u32>);
 
 impl PortCount {
-    /// Notes an entry that was kept.
+    /// Whether an entry stands for a port: the one of the client's direction. SCTP keeps the client's port, whatever its
+    /// range.
+    pub fn counts(key: &FlowKey, value: &FlowValue) -> bool {
+        value.flags & (FLOW_REDIRECT | FLOW_REPLY) == FLOW_REDIRECT && key.proto != proto::SCTP
+    }
+
+    /// Notes an entry that [counts](Self::counts).
     pub fn note(&mut self, key: &FlowKey, value: &FlowValue) {
-        // SCTP keeps the client's port, whatever its range.
-        if value.flags & (FLOW_REDIRECT | FLOW_REPLY) != FLOW_REDIRECT || key.proto == proto::SCTP {
-            return;
-        }
         let ports =
             Ports { backend: value.dst.into(), port: value.dport.get(), proto: key.proto, source: value.src.into() };
         *self.0.entry(ports).or_default() += 1;
@@ -115,7 +117,9 @@ mod tests {
         let mut note = |n: u16, backend, flags, protocol| {
             for n in 0..n {
                 let (key, value) = entry(n, backend, flags, protocol);
-                count.note(&key, &value);
+                if PortCount::counts(&key, &value) {
+                    count.note(&key, &value);
+                }
             }
         };
         note(70, "10.42.2.5", FLOW_REDIRECT, proto::TCP);

@@ -49,21 +49,32 @@ pub(crate) enum Target {
 pub(crate) struct Service {
     pub(crate) number: u8,
     pub(crate) name: &'static str,
-    /// Both traffic policies are `Local`.
-    pub(crate) local: bool,
+    /// `externalTrafficPolicy: Local`
+    pub(crate) local_outside: bool,
+    /// `internalTrafficPolicy: Local`
+    pub(crate) local_inside: bool,
     /// The backend's node.
     pub(crate) home: usize,
     pub(crate) family: Family,
 }
 
 /// The services of a family.
-pub(crate) fn services(family: Family) -> [Service; 4] {
-    let of = |number, name, local, home| Service { number, name, local, home, family };
+pub(crate) fn services(family: Family) -> [Service; 6] {
+    let of = |number, name, [local_outside, local_inside]: [bool; 2], home| Service {
+        number,
+        name,
+        local_outside,
+        local_inside,
+        home,
+        family,
+    };
     [
-        of(1, "cluster-at-entry", false, ENTRY),
-        of(2, "cluster-elsewhere", false, OTHER),
-        of(3, "local-at-entry", true, ENTRY),
-        of(4, "local-elsewhere", true, OTHER),
+        of(1, "cluster-at-entry", [false, false], ENTRY),
+        of(2, "cluster-elsewhere", [false, false], OTHER),
+        of(3, "local-at-entry", [true, true], ENTRY),
+        of(4, "local-elsewhere", [true, true], OTHER),
+        of(5, "local-outside-elsewhere", [true, false], OTHER),
+        of(6, "local-inside-elsewhere", [false, true], OTHER),
     ]
 }
 
@@ -158,7 +169,12 @@ impl Service {
 
     /// The node that announces the VIP: the entry, unless only another one may.
     pub(crate) fn announcer(&self) -> usize {
-        if self.local { self.home } else { ENTRY }
+        if self.local_outside { self.home } else { ENTRY }
+    }
+
+    /// Host ports are the pods', and asked for with one service for each.
+    pub(crate) fn stands_for_its_pod(&self) -> bool {
+        !self.local_outside && !self.local_inside
     }
 
     /// The only backend.
@@ -223,8 +239,10 @@ impl Cell {
             Target::OwnNodePort => self.node().is_some(),
             Target::EntryNodePort => self.node() != Some(ENTRY),
             // It is the pod's and knows no policy, so one service for each pod.
-            Target::HostPort => !self.service.local,
-            Target::LoopbackHostPort => !self.service.local && self.position == Position::Host(self.service.home),
+            Target::HostPort => self.service.stands_for_its_pod(),
+            Target::LoopbackHostPort => {
+                self.service.stands_for_its_pod() && self.position == Position::Host(self.service.home)
+            }
             _ => true,
         }
     }
@@ -282,7 +300,8 @@ pub(crate) fn cells(family: Family) -> Vec<Cell> {
 pub(crate) fn manifests(family: Family) -> String {
     let mut text = String::new();
     for service in services(family) {
-        let (name, policy) = (service.name, if service.local { "Local" } else { "Cluster" });
+        let policy = |local| if local { "Local" } else { "Cluster" };
+        let (name, outside, inside) = (service.name, policy(service.local_outside), policy(service.local_inside));
         let (cluster_ip, vip, external) = (service.cluster_ip(), service.vip(), service.external_ip());
         let (node_port, home, entry) = (service.node_port(), service.home, service.announcer());
         let ip_family = family.name();
@@ -300,8 +319,8 @@ spec:
   clusterIPs: [\"{cluster_ip}\"]
   ipFamilies: [{ip_family}]
   externalIPs: [\"{external}\"]
-  externalTrafficPolicy: {policy}
-  internalTrafficPolicy: {policy}
+  externalTrafficPolicy: {outside}
+  internalTrafficPolicy: {inside}
   ports:
     - {{name: http, port: {PORT}, nodePort: {node_port}, targetPort: {HTTP_PORT}}}
     - {{name: who, protocol: UDP, port: {PORT}, nodePort: {node_port}, targetPort: {echo}}}
@@ -321,7 +340,7 @@ endpoints:
 "
         ));
     }
-    let (first, last) = (services(family)[0].vip(), services(family)[3].vip());
+    let (first, last) = (services(family)[0].vip(), services(family)[5].vip());
     text.push_str(&format!(
         "\
 ---

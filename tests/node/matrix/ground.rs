@@ -91,7 +91,7 @@ impl Ground {
                 let node_port = (self.family.node(*number), service.node_port());
                 let virtual_ips = [service.cluster_ip(), service.vip(), service.external_ip()].map(|ip| (ip, 80));
                 let host_port = (self.family.node(*number), HOST_PORT);
-                let host_port = (service.home == *number && !service.local).then_some(host_port);
+                let host_port = (service.home == *number && service.stands_for_its_pod()).then_some(host_port);
                 let addresses: Vec<_> = virtual_ips
                     .into_iter()
                     .chain([node_port])

@@ -41,7 +41,7 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
     let Some(entry) = entered_by(cell) else {
         // A socket of this node. `internalTrafficPolicy` is about ClusterIPs; `externalTrafficPolicy` does not restrict
         // clients in the cluster.
-        let refused = cell.target == Target::ClusterIp && service.local && cell.node() != Some(service.home);
+        let refused = cell.target == Target::ClusterIp && service.local_inside && cell.node() != Some(service.home);
         return if refused { Expected::Denied } else { answered(cell.client()) };
     };
     if cell.target == Target::ClusterIp {
@@ -49,7 +49,7 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
         return Expected::Silent;
     }
     // A host port is on its pod's node, so it never gets here.
-    if service.local && entry != service.home {
+    if service.local_outside && entry != service.home {
         // Nobody tells a socket that is not connected of ICMP errors.
         return if cell.how == How::UdpUnconnected { Expected::Silent } else { Expected::Refused };
     }
