@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::client::Client;
 use super::node::{Node, NodeInner, Pod, PodInner};
 use super::territory::{self, Territory};
+use super::wire::wire;
 use super::{CLIENT_ADDRESS, CLIENT_ADDRESS6, Lab, LabError, MAX_NODES, ROUTER_ADDRESS};
 use crate::net::rtnl::{Route, Rtnl};
 use crate::net::{Netns, sysctl};
@@ -30,11 +31,12 @@ pub struct LabBuilder {
     pods_per_node: usize,
     binary: Option<PathBuf>,
     dual_stack: bool,
+    wires: bool,
 }
 
 impl LabBuilder {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false }
+        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false, wires: false }
     }
 
     /// How many nodes; 1 unless said.
@@ -52,6 +54,13 @@ impl LabBuilder {
     /// Everybody has an IPv6 address too: the client and the nodes in `fd00:10::/64`, pods in `fd00:42:<node>::/64`.
     pub fn dual_stack(mut self) -> Self {
         self.dual_stack = true;
+        self
+    }
+
+    /// The LAN's cables carry what real ones carry: frames of one segment each, with their checksums. For XDP, which sees
+    /// frames as they are, and must be able to send them back.
+    pub fn wires(mut self) -> Self {
+        self.wires = true;
         self
     }
 
@@ -79,7 +88,8 @@ impl LabBuilder {
         let lan = make_lan(&territory).await?;
         let client = make_client(&territory, &lan, &binary, self.dual_stack).await?;
         let dual_stack = self.dual_stack;
-        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, territory };
+        let wires = if self.wires { Some(vec![wire(&lan, "client", client.netns())?]) } else { None };
+        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, wires, territory };
         for _ in 0..self.nodes {
             lab.add_node_with(self.pods_per_node).await?;
         }
@@ -106,6 +116,9 @@ impl Lab {
             return Err(LabError::Invalid(format!("the lab has no addresses for more than {MAX_NODES} nodes")));
         }
         let node = make_node(self, number).await?;
+        if let Some(wires) = &mut self.wires {
+            wires.push(wire(&self.lan, node.name(), node.netns())?);
+        }
         for other in &self.nodes {
             connect_pods(&node, other).await?;
             connect_pods(other, &node).await?;

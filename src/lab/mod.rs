@@ -19,6 +19,7 @@ mod command;
 mod node;
 mod territory;
 mod view;
+mod wire;
 
 pub mod manifests;
 pub mod programs;
@@ -89,6 +90,8 @@ pub struct Lab {
     lan: Netns,
     binary: PathBuf,
     dual_stack: bool,
+    /// What makes its cables wires, where it has such.
+    wires: Option<Vec<wire::Wire>>,
     territory: Territory,
 }
 
