@@ -1,10 +1,11 @@
 //! `make bench`: what Kinesin costs, as tables of medians. Needs root, and the release binary beside this one.
 //!
-//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests` and `sync`, or those that are named.
+//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests`, `acceleration` and `sync`, or those that are named.
 //! Nothing is compared with earlier runs here, and nothing fails because it is slow: docs/performance.md keeps the figures.
 
 #![allow(clippy::print_stdout, reason = "a program that prints tables")]
 
+mod acceleration;
 mod cluster;
 mod count;
 mod kube_proxy;
@@ -33,8 +34,13 @@ static ALLOCATOR: count::Counting = count::Counting;
 
 type Section = fn() -> anyhow::Result<()>;
 
-const SECTIONS: [(&str, Section); 4] =
-    [("micro", micro::run), ("programs", programs::run), ("requests", requests::run), ("sync", sync::run)];
+const SECTIONS: [(&str, Section); 5] = [
+    ("micro", micro::run),
+    ("programs", programs::run),
+    ("requests", requests::run),
+    ("acceleration", acceleration::run),
+    ("sync", sync::run),
+];
 
 fn main() -> anyhow::Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
