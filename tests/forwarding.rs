@@ -9,9 +9,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use kinesin::admin::views::StatusView;
-use kinesin::lab::{AgentHandle, AgentOptions, CLIENT_ADDRESS, HTTP_PORT, Lab, get_from, manifests};
+use kinesin::lab::{AgentHandle, AgentOptions, CLIENT_ADDRESS, HTTP_PORT, Lab, LabBuilder, get_from, manifests};
 use kinesin::net::Netns;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+#[path = "forwarding/acceleration.rs"]
+mod acceleration;
 
 /// Agents start and elect within it on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -27,8 +30,11 @@ struct Rig {
 
 /// `service` is what differs from one test to another, below `spec`.
 async fn rig(name: &str, config: &[(&str, &str)], service: &str) -> Rig {
-    let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
-    let lab = builder.nodes(3).pods_per_node(1).build().await.unwrap();
+    rig_of(Lab::builder(name), config, service).await
+}
+
+async fn rig_of(builder: LabBuilder, config: &[(&str, &str)], service: &str) -> Rig {
+    let lab = builder.binary(env!("CARGO_BIN_EXE_kinesin")).nodes(3).pods_per_node(1).build().await.unwrap();
     manifests::write_all(&lab).unwrap();
     std::fs::remove_file(lab.manifests_dir().join("service.yaml")).unwrap();
     write_service(&lab, service);

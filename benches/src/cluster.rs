@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use futures::{StreamExt, TryStreamExt};
-use kinesin::lab::{Lab, Node};
+use kinesin::lab::{Lab, LabBuilder, Node};
 use kube::Client;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -35,9 +35,20 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Starts both; every node of the lab is an object of the API.
     pub(crate) fn start(name: &str, nodes: usize, pods: usize) -> anyhow::Result<Self> {
+        Self::start_with(name, nodes, pods, |lab| lab)
+    }
+
+    /// [`Self::start`] of a lab with something special.
+    pub(crate) fn start_with(
+        name: &str,
+        nodes: usize,
+        pods: usize,
+        special: impl FnOnce(LabBuilder) -> LabBuilder,
+    ) -> anyhow::Result<Self> {
         let runtime = Runtime::new()?;
         let binary = crate::agent_binary()?;
-        let lab = runtime.block_on(Lab::builder(name).nodes(nodes).pods_per_node(pods).binary(&binary).build())?;
+        let lab =
+            runtime.block_on(special(Lab::builder(name)).nodes(nodes).pods_per_node(pods).binary(&binary).build())?;
         let options = Options { netns: Some(lab.lan().path().to_owned()), bind: IpAddr::V4(API), ..Options::default() };
         let plane = ControlPlane::start(&lab.dir().join("control-plane"), options)?;
         let cluster = Self { plane, lab, runtime };

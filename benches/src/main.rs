@@ -1,11 +1,12 @@
 //! `make bench`: what Kinesin costs, as tables of medians. Needs root, and the release binary beside this one.
 //!
-//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests`, `sync` and `flood`, or those that are named.
-//! Nothing is compared with earlier runs here, and nothing fails because it is slow: a table at the end says which goals hold,
-//! and docs/performance.md keeps the figures.
+//! `kinesin-bench [section…]` runs `micro`, `programs`, `requests`, `acceleration`, `sync` and `flood`, or those that are
+//! named. Nothing is compared with earlier runs here, and nothing fails because it is slow: a table at the end says which
+//! goals hold, and docs/performance.md keeps the figures.
 
 #![allow(clippy::print_stdout, reason = "a program that prints tables")]
 
+mod acceleration;
 mod cluster;
 mod count;
 mod flood;
@@ -36,10 +37,11 @@ static ALLOCATOR: count::Counting = count::Counting;
 
 type Section = fn() -> anyhow::Result<()>;
 
-const SECTIONS: [(&str, Section); 5] = [
+const SECTIONS: [(&str, Section); 6] = [
     ("micro", micro::run),
     ("programs", programs::run),
     ("requests", requests::run),
+    ("acceleration", acceleration::run),
     ("sync", sync::run),
     ("flood", flood::run),
 ];

@@ -138,7 +138,7 @@ fn arp_request() -> Vec<u8> {
     frame
 }
 
-fn once(rig: &mut Rig, program: &str, packet: &[u8]) -> u64 {
+pub(crate) fn once(rig: &mut Rig, program: &str, packet: &[u8]) -> u64 {
     timed(rig, program, packet, 1)
 }
 

@@ -23,7 +23,7 @@ use crate::report::{heading, line};
 use crate::traffic::{PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
 
 /// Addresses that nobody has to answer for: the client has routes to them.
-const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
+pub(crate) const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
 const NAMES: [&str; 2] = ["backend on the entry node", "backend on another node"];
 
 /// Cilium 1.20-dev with `snat`, same node and other node, measured on two cores of another machine: a fact, for comparison.
@@ -88,7 +88,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
 }
 
 /// One pod on each node, a service for each, and the client's ways to both.
-fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
+pub(crate) fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
     let lab = &cluster.lab;
     let pods = [lab.pod(1, 1), lab.pod(2, 1)];
     // Also for the requests that only see whether the services are there.
@@ -155,7 +155,7 @@ fn wait_neighbours(cluster: &Cluster, entry: &AgentHandle) -> anyhow::Result<()>
     }
 }
 
-fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyhow::Result<()> {
+pub(crate) fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     cluster.runtime.block_on(async {
         for vip in VIPS {

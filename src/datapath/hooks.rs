@@ -14,6 +14,7 @@ use aya::programs::{ProgramError, SchedClassifier, Xdp};
 
 use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
+use super::device::{has_ethernet_header, is_veth};
 use super::loader::{Acceleration, AttachMode, Datapath};
 
 /// The program of drivers.
@@ -239,7 +240,7 @@ impl Datapath {
             return Err(error.clone());
         }
         match hook {
-            Hook::Device { ifindex, place: Place::Xdp, .. } => self.try_xdp(*ifindex),
+            Hook::Device { ifindex, place: Place::Xdp, name, .. } => self.try_xdp(*ifindex, name),
             Hook::Device { ifindex, place, .. } => self.try_device(program, *ifindex, *place),
             Hook::Cgroup { root, attach_type, .. } => self.try_cgroup(program, root, *attach_type),
         }
@@ -264,7 +265,11 @@ impl Datapath {
         clsact::attach(loaded, ifindex, place, &self.links).map(|found| (Attachment::Clsact, found))
     }
 
-    fn try_xdp(&self, ifindex: u32) -> Result<(Attachment, Found), String> {
+    fn try_xdp(&self, ifindex: u32, name: &str) -> Result<(Attachment, Found), String> {
+        if self.options.acceleration == Acceleration::BestEffort && is_veth(name).map_err(|error| error.to_string())? {
+            let _ = attach::detach(ifindex, std::iter::once(Place::Xdp), &self.links);
+            return Err("a veth delivers what XDP sends only to a peer that runs XDP, too: ask for native".into());
+        }
         let program = self.ebpf.program(XDP).ok_or("not in the object")?;
         let loaded: &Xdp = program.try_into().map_err(|error: ProgramError| chain(&error))?;
         let fd = loaded.fd().map_err(|error| chain(&error))?;
@@ -301,26 +306,4 @@ impl Datapath {
         }
         all
     }
-}
-
-/// Whether packets of the device have an Ethernet header (`ARPHRD_ETHER`, `ARPHRD_LOOPBACK`).
-fn has_ethernet_header(name: &str) -> io::Result<bool> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-    use std::os::fd::AsRawFd;
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    // SAFETY: integers, arrays and unions of them; zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= libc::IFNAMSIZ {
-        return Err(io::Error::from_raw_os_error(libc::ENODEV));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    // SAFETY: the request is valid for this ioctl and outlives it.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: SIOCGIFHWADDR fills this member.
-    let family = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
-    Ok(family == libc::ARPHRD_ETHER || family == libc::ARPHRD_LOOPBACK)
 }

@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::client::Client;
 use super::node::{Node, NodeInner, Pod, PodInner};
 use super::territory::{self, Territory};
+use super::wire::wire;
 use super::{CLIENT_ADDRESS, CLIENT_ADDRESS6, Lab, LabError, MAX_NODES};
 use crate::net::rtnl::{Route, Rtnl};
 use crate::net::{Netns, sysctl};
@@ -59,11 +60,20 @@ pub struct LabBuilder {
     binary: Option<PathBuf>,
     dual_stack: bool,
     segments: usize,
+    wires: bool,
 }
 
 impl LabBuilder {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), nodes: 1, pods_per_node: 0, binary: None, dual_stack: false, segments: 1 }
+        Self {
+            name: name.into(),
+            nodes: 1,
+            pods_per_node: 0,
+            binary: None,
+            dual_stack: false,
+            segments: 1,
+            wires: false,
+        }
     }
 
     /// How many nodes; 1 unless said.
@@ -88,6 +98,13 @@ impl LabBuilder {
     /// node 1.
     pub fn segments(mut self, count: usize) -> Self {
         self.segments = count;
+        self
+    }
+
+    /// The LAN's cables carry what real ones carry: frames of one segment each, with their checksums. For XDP, which sees
+    /// frames as they are, and must be able to send them back.
+    pub fn wires(mut self) -> Self {
+        self.wires = true;
         self
     }
 
@@ -119,7 +136,8 @@ impl LabBuilder {
         let lan = make_lan(&territory, segments, self.dual_stack).await?;
         let client = make_client(&territory, &lan, &binary, (self.dual_stack, segments > 1)).await?;
         let dual_stack = self.dual_stack;
-        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, segments, territory };
+        let wires = if self.wires { Some(vec![wire(&lan, "client", client.netns())?]) } else { None };
+        let mut lab = Lab { client, nodes: Vec::new(), lan, binary, dual_stack, segments, wires, territory };
         for _ in 0..self.nodes {
             lab.add_node_with(self.pods_per_node).await?;
         }
@@ -148,6 +166,9 @@ impl Lab {
         let node = make_node(self, number).await?;
         if self.segments > 1 {
             route_pods(&self.lan, &node).await?;
+        }
+        if let Some(wires) = &mut self.wires {
+            wires.push(wire(&self.lan, node.name(), node.netns())?);
         }
         for other in &self.nodes {
             connect_pods(&node, other).await?;

@@ -20,6 +20,7 @@ mod command;
 mod node;
 mod territory;
 mod view;
+mod wire;
 
 pub mod manifests;
 pub mod programs;
@@ -91,6 +92,8 @@ pub struct Lab {
     binary: PathBuf,
     dual_stack: bool,
     segments: u8,
+    /// What makes its cables wires, where it has such.
+    wires: Option<Vec<wire::Wire>>,
     territory: Territory,
 }
 

@@ -40,7 +40,7 @@ fn the_driver_runs_the_program_and_the_next_agent_replaces_it_in_place() {
         let link = link_id(&root);
         drop(first);
         assert!(pinned_hooks(root.path()).iter().any(|hook| hook.attached == Some(Attachment::Xdp)));
-        let mut second = load(&root, Acceleration::BestEffort);
+        let mut second = load(&root, Acceleration::Native);
         assert!(second.attach_device(LAN, lan).unwrap().are_ok());
         assert_ne!(on_device(LAN).unwrap().1, before, "the program is the new one");
         assert_eq!(link_id(&root), link, "the link is the same");
@@ -71,37 +71,39 @@ fn r48_the_xdp_program_of_somebody_else_stays() {
     isolated(|| {
         network();
         let root = BpfRoot::new();
-        let lan = ifindex(LAN);
+        ip("tuntap add tap0 mode tap");
+        ip("link set tap0 up");
+        let tap = ifindex("tap0");
         let foreign = Foreign::load(bpf::XDP, 0, 2);
         let pin = root.path().join("foreign");
         foreign.pin(&pin);
         let theirs = Some(("xdp".to_owned(), foreign.id));
-        ip(&format!("link set dev lan0 xdpdrv pinned {}", pin.display()));
-        assert_eq!(on_device(LAN), theirs);
+        ip(&format!("link set dev tap0 xdpdrv pinned {}", pin.display()));
+        assert_eq!(on_device("tap0"), theirs);
 
         let mut datapath = load(&root, Acceleration::Native);
-        let hooks = datapath.attach_device(LAN, lan).unwrap();
+        let hooks = datapath.attach_device("tap0", tap).unwrap();
         let error = hooks.xdp.unwrap().error.unwrap();
         assert!(error.contains("another XDP program"), "{error}");
         assert!(hooks.ingress.is_ok() && hooks.egress.is_ok(), "the others work (R34)");
         assert_eq!((datapath.failing(), datapath.accelerated().len()), (1, 0));
-        assert_eq!(on_device(LAN), theirs);
+        assert_eq!(on_device("tap0"), theirs);
 
         datapath.accelerate(Acceleration::BestEffort);
         assert_eq!((datapath.failing(), datapath.hooks().len()), (0, 2), "nothing is wrong");
         let without: Vec<_> = datapath.unaccelerated().collect();
-        assert!(matches!(without[..], [(LAN, why)] if why.contains("another XDP program")), "{without:?}");
-        assert_eq!((datapath.verify_hooks(), on_device(LAN)), (0, theirs.clone()));
+        assert!(matches!(without[..], [("tap0", why)] if why.contains("another XDP program")), "{without:?}");
+        assert_eq!((datapath.verify_hooks(), on_device("tap0")), (0, theirs.clone()));
 
         drop(datapath);
         detach_all(root.path()).unwrap();
-        assert_eq!(on_device(LAN), theirs, "uninstalling leaves it, too");
+        assert_eq!(on_device("tap0"), theirs, "uninstalling leaves it, too");
 
         // It goes: whoever makes do takes its place at the next look, whoever insists at the next attempt.
         for acceleration in [Acceleration::BestEffort, Acceleration::Native] {
             let mut datapath = load(&root, acceleration);
-            datapath.attach_device(LAN, lan).unwrap();
-            ip("link set dev lan0 xdp off");
+            datapath.attach_device("tap0", tap).unwrap();
+            ip("link set dev tap0 xdp off");
             match acceleration {
                 Acceleration::Native => assert_eq!(datapath.retry(), 0),
                 _ => assert_eq!(datapath.verify_hooks(), 0, "nobody took it away"),
@@ -110,13 +112,32 @@ fn r48_the_xdp_program_of_somebody_else_stays() {
             drop(datapath);
             detach_all(root.path()).unwrap();
             foreign.pin(&pin2(&root, acceleration));
-            ip(&format!("link set dev lan0 xdpdrv pinned {}", pin2(&root, acceleration).display()));
+            ip(&format!("link set dev tap0 xdpdrv pinned {}", pin2(&root, acceleration).display()));
         }
     });
 }
 
 fn pin2(root: &BpfRoot, acceleration: Acceleration) -> std::path::PathBuf {
     root.path().join(format!("foreign-{acceleration:?}"))
+}
+
+#[test]
+fn a_virtual_cable_runs_it_only_where_that_is_insisted_on() {
+    isolated(|| {
+        network();
+        let root = BpfRoot::new();
+        let lan = ifindex(LAN);
+        let mut datapath = load(&root, Acceleration::BestEffort);
+        let hooks = datapath.attach_device(LAN, lan).unwrap();
+        assert_eq!((hooks.are_ok(), hooks.xdp, on_device(LAN)), (true, None, None));
+        let without: Vec<_> = datapath.unaccelerated().collect();
+        assert!(matches!(without[..], [(LAN, why)] if why.contains("peer")), "{without:?}");
+        datapath.accelerate(Acceleration::Native);
+        assert!(on_device(LAN).is_some() && datapath.unaccelerated().count() == 0);
+        datapath.accelerate(Acceleration::BestEffort);
+        assert_eq!((on_device(LAN), datapath.failing()), (None, 0));
+        detach_all(root.path()).unwrap();
+    });
 }
 
 #[test]
