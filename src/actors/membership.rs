@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
-use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, Tracker, lease_name};
+use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, TAKES_OPT, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
@@ -189,7 +189,7 @@ impl Membership {
             return Default::default();
         };
         let links = devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect();
-        (links, vec![TAKES_IPIP.into()])
+        (links, vec![TAKES_IPIP.into(), TAKES_OPT.into()])
     }
 
     fn lease(&mut self, claims: &[IpAddr]) -> Lease {

@@ -4,9 +4,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, DEVICE_ETHERNET,
-    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key,
-    L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
+    DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT,
+    FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue,
+    L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
     SETTING_FOLLOW_FRAGMENTS6, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
     Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
     TCP_SEEN_RST, frontend_flags, proto,
@@ -100,6 +100,7 @@ fn flow_value(value: &FlowValue) -> String {
             (FLOW_REDIRECT.into(), "redirect"),
             (FLOW_FROM_LAN.into(), "lan"),
             (FLOW_HANDED_ON.into(), "handed-on"),
+            (FLOW_DIRECT.into(), "direct"),
         ],
     );
     let tcp = flags(

@@ -1,7 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
 //! `packet` alone reads packet memory, `lookup`, `flows`, `fragments` and `affinity` alone touch maps, `rewrite`,
-//! `dispatch`, `wrap`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`;
+//! `dispatch`, `wrap`, `option`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in common is in `family`;
 //! each has programs of its own. Names are Cilium's, so that habits with `bpftool` carry over.
 //!
 //! Deliberately absent: CO-RE, kernel BTF, kfuncs, `bpf_loop` (the floor is Linux 5.10), and any per-packet logging.
@@ -25,6 +25,7 @@ mod ingress;
 mod lookup;
 mod maps;
 mod ndp;
+mod option;
 mod packet;
 mod reject;
 mod rewrite;
