@@ -68,10 +68,15 @@ pub(crate) fn kind_and_flags(bits: u32) -> String {
             (frontend_flags::AFFINITY, "affinity"),
             (frontend_flags::SOURCE_RANGES, "source-ranges"),
             (frontend_flags::SOURCE_RANGES_DENY, "deny"),
-            (frontend_flags::FORWARDING_L2, "l2"),
         ],
     );
-    format!("{kind} {names}")
+    let forwarding = match bits & frontend_flags::FORWARDING {
+        frontend_flags::FORWARDING_L2 => "l2",
+        frontend_flags::FORWARDING_IPIP => "ipip",
+        frontend_flags::FORWARDING_OPT => "opt",
+        _ => return format!("{kind} {names}"),
+    };
+    if names == "-" { format!("{kind} {forwarding}") } else { format!("{kind} {names},{forwarding}") }
 }
 
 fn frontend_value(value: &FrontendValue) -> String {
