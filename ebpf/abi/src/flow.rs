@@ -280,3 +280,24 @@ pub struct FragmentValue {
 }
 
 crate::pod! { FragmentKey = 40, FragmentValue = 16, FlowKey = 40, FlowValue = 56, SocketKey = 32, SocketValue = 24 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_noted_connection_each_half_leads_to_the_other_and_names_the_backend() {
+        let end = |last, port| (Addr::from_v4_raw(last), Be16::new(port));
+        let ((client, cport), (pod, pport), (service, sport)) = (end(1, 40_000), end(2, 8080), end(3, 80));
+        let key = FlowKey { src: client, dst: pod, sport: cport, dport: pport, proto: 6, pad: [0; 3] };
+        let flags = FLOW_DIRECT | FLOW_FROM_LAN;
+        let value = FlowValue { src: client, dst: service, sport: cport, dport: sport, flags, ..FlowValue::default() };
+        let other = value.partner_key(&key);
+        assert_eq!((other.src, other.dst, other.sport, other.dport), (pod, client, pport, cport));
+        let reply = FlowValue { src: service, dst: client, sport, dport: cport, flags: flags | FLOW_REPLY, ..value };
+        assert_eq!(reply.partner_key(&other), key);
+        assert_eq!(value.backend_end(&key), (pod, pport));
+        let translated = FlowValue { dst: pod, dport: pport, flags: FLOW_FROM_LAN, ..value };
+        assert_eq!(translated.backend_end(&FlowKey { dst: service, dport: sport, ..key }), (pod, pport));
+    }
+}
