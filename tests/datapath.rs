@@ -37,6 +37,8 @@ mod maps;
 mod ndp;
 #[path = "datapath/odd.rs"]
 mod odd;
+#[path = "datapath/option.rs"]
+mod option;
 #[path = "datapath/packets.rs"]
 mod packets;
 #[path = "datapath/packets6.rs"]

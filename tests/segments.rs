@@ -280,3 +280,48 @@ async fn by_ipip_clients_keep_their_address_to_pods_of_nodes_beyond_a_router() {
     let (client, entry) = rig.ends((VIP, 80).into());
     assert_eq!(seen, BTreeMap::from([(1, client), (2, entry), (3, client)]));
 }
+
+#[tokio::test]
+async fn by_opt_clients_keep_their_address_to_pods_of_nodes_beyond_a_router() {
+    let rig = rig("option", &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "opt")], "").await;
+    rig.wait_for_ways("l2", "opt").await;
+    let status = rig.status(1).await.unwrap();
+    assert_eq!(status.kube_proxy_replacement.mode, "DSR (L2 to 1, OPT to 1 of 2 other nodes, else SNAT)");
+    assert_eq!(status.problems, Vec::<String>::new());
+    assert_clients_are_kept(&rig).await;
+}
+
+#[tokio::test]
+async fn hybrid_keeps_clients_of_tcp_and_an_annotation_those_of_one_service() {
+    let rig = rig("hybrid", &[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "ipip")], "").await;
+    rig.wait_for_ways("l2", "ipip").await;
+    let expected = |to: SocketAddr, kept: bool| {
+        let (client, entry) = rig.ends(to);
+        let elsewhere = if kept { client } else { entry };
+        BTreeMap::from([(1, client), (2, elsewhere), (3, elsewhere)])
+    };
+    for to in rig.frontends() {
+        assert_eq!(rig.seen(to).await, expected(to, true), "{to}");
+    }
+    let echoes = [SocketAddr::from((VIP, ECHO_PORT)), (VIP6, ECHO_PORT).into()];
+    for to in echoes {
+        assert_eq!(rig.seen_by_datagram(to), expected(to, false), "{to}");
+    }
+
+    // By annotation, while the mode of the node is another one.
+    let node = rig.lab.node(1);
+    node.set_config("bpf-lb-mode", "snat").unwrap();
+    node.set_config("bpf-lb-mode-annotation", "true").unwrap();
+    for (mode, kept) in [("snat", false), ("dsr", true)] {
+        write(&rig.lab, &format!("service.cilium.io/forwarding-mode: {mode}"));
+        eventually(&format!("{mode} by annotation"), async || {
+            let status = rig.status(1).await.map(|status| status.kube_proxy_replacement.mode).unwrap_or_default();
+            let by = status.starts_with("SNAT, DSR by annotation (L2 to 1, IPIP to 1");
+            by && rig.seen_by_datagram(echoes[0]) == expected(echoes[0], kept)
+        })
+        .await;
+        for to in rig.frontends() {
+            assert_eq!(rig.seen(to).await, expected(to, kept), "{mode}: {to}");
+        }
+    }
+}

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use kinesin_core::devices::Families;
 use kinesin_core::objects::{Lease, LeaseSpec, Meta, ObjectKey};
-use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, Tracker, lease_name};
+use kinesin_core::presence::{ANNOTATION, Link, Record, TAKES_IPIP, TAKES_OPT, Tracker, lease_name};
 use metrics::gauge;
 use smol_str::SmolStr;
 
@@ -200,7 +200,7 @@ impl Membership {
             return Default::default();
         };
         let links = devices.selected().filter(|device| maps.serves(&device.name)).filter_map(Link::of).collect();
-        (links, vec![TAKES_IPIP.into()])
+        (links, vec![TAKES_IPIP.into(), TAKES_OPT.into()])
     }
 
     /// Devices that can carry frames now, and in which IP versions this node answers there.

@@ -1,4 +1,4 @@
-//! Finds the nodes that packets can be handed on to as they are (dispatches `l2` and `ipip`).
+//! Finds the nodes that packets can be handed on to as they are (dispatches `l2`, `ipip` and `opt`).
 //!
 //! owns: the peers map, the questions to the neighbour table and the routing tables
 //! hears: members, devices, nodes, a (re)loaded data path, the configuration, the clock for asking neighbours again

@@ -236,7 +236,7 @@ pub static KEYS: &[KeyDef] = &[
         "bpf-lb-dsr-dispatch",
         "opt",
         Kind::Choice(|c| &mut c.services.dsr_dispatch),
-        "How `dsr` and `hybrid` carry the client's address to nodes on other segments: `ipip` inside another IP packet, `l2` not at all (they get `snat`, as do nodes that cannot take it). To nodes on the same segment frames go as they are whatever this says. `opt` and `geneve` are not supported; they are reported and `l2` used.",
+        "How `dsr` and `hybrid` carry the client's address to nodes on other segments: `opt` addresses packets to the backend and says in an IPv4 option or IPv6 extension header which service they are for, `ipip` puts them inside another IP packet, `l2` leaves it at `snat`, which is also what nodes get that cannot take it. To nodes on the same segment frames go as they are whatever this says. `geneve` is not supported; it is reported and `l2` used.",
     ),
     KeyDef {
         name: "bpf-lb-acceleration",

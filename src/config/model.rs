@@ -276,7 +276,8 @@ impl Services {
     fn dispatch(&self) -> Dispatch {
         match self.dsr_dispatch {
             DsrDispatch::Ipip => Dispatch::Ipip,
-            DsrDispatch::Opt | DsrDispatch::Geneve | DsrDispatch::L2 => Dispatch::L2,
+            DsrDispatch::Opt => Dispatch::Opt,
+            DsrDispatch::Geneve | DsrDispatch::L2 => Dispatch::L2,
         }
     }
 

@@ -71,9 +71,9 @@ fn dsr_dispatch(config: &mut Config, warnings: &mut Vec<String>) {
     }
     let asked = services.dsr_dispatch;
     let used = matches!(services.mode, LbMode::Dsr | LbMode::Hybrid) || services.mode_annotation;
-    if used && matches!(asked, DsrDispatch::Opt | DsrDispatch::Geneve) {
+    if used && asked == DsrDispatch::Geneve {
         warnings.push(format!(
-            "bpf-lb-dsr-dispatch={asked} is not supported yet: using l2, which keeps clients' addresses towards nodes on the same segment"
+            "bpf-lb-dsr-dispatch={asked} is not supported: using l2, which keeps clients' addresses towards nodes on the same segment; set opt or ipip for those beyond routers"
         ));
         services.dsr_dispatch = DsrDispatch::L2;
     }

@@ -110,11 +110,11 @@ impl<T: Flows> Pass<'_, T> {
         match look(self.timeouts, key, value, table == SETTLED, self.now) {
             Look::Keep => Ok(false),
             Look::Silent => Ok(true),
-            Look::SilentIfLeaving => self.leaving(value),
+            Look::SilentIfLeaving => self.leaving(key, value),
         }
     }
 
-    fn leaving(&mut self, value: &FlowValue) -> Result<bool, MapError> {
+    fn leaving(&mut self, key: &FlowKey, value: &FlowValue) -> Result<bool, MapError> {
         let known = match self.backends.get(&value.backend) {
             Some(known) => *known,
             None => {
@@ -124,13 +124,13 @@ impl<T: Flows> Pass<'_, T> {
             }
         };
         // An id may have passed on to another backend; which end of the entry is the backend's depends on its direction.
-        Ok(known.is_none_or(|backend| is_leaving(backend.state) || !self.is_end(value, &backend)))
+        Ok(known.is_none_or(|backend| is_leaving(backend.state) || !self.is_end(key, value, &backend)))
     }
 
-    fn is_end(&self, value: &FlowValue, backend: &Backend) -> bool {
+    fn is_end(&self, key: &FlowKey, value: &FlowValue, backend: &Backend) -> bool {
         let reply = value.flags & kinesin_abi::FLOW_REPLY != 0;
         // A reply's entry does not name the backend; its partner is asked as well, and does.
-        reply || (value.dst, value.dport) == (backend.addr, backend.port)
+        reply || value.backend_end(key) == (backend.addr, backend.port)
     }
 
     /// Removes an entry unless a packet has used it meanwhile; returns whether it did.

@@ -4,12 +4,13 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, COUNT_ACCELERATED,
-    DEVICE_ETHERNET, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON,
-    FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey, FrontendKind,
-    FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING,
-    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
-    SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey,
-    TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
+    DEVICE_ETHERNET, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT, FLOW_FROM_LAN,
+    FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey,
+    FrontendKind, FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
+    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
+    SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey,
+    SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
+    frontend_flags, proto,
 };
 use kinesin_core::devices::mac_text;
 
@@ -68,10 +69,15 @@ pub(crate) fn kind_and_flags(bits: u32) -> String {
             (frontend_flags::AFFINITY, "affinity"),
             (frontend_flags::SOURCE_RANGES, "source-ranges"),
             (frontend_flags::SOURCE_RANGES_DENY, "deny"),
-            (frontend_flags::FORWARDING_L2, "l2"),
         ],
     );
-    format!("{kind} {names}")
+    let forwarding = match bits & frontend_flags::FORWARDING {
+        frontend_flags::FORWARDING_L2 => "l2",
+        frontend_flags::FORWARDING_IPIP => "ipip",
+        frontend_flags::FORWARDING_OPT => "opt",
+        _ => return format!("{kind} {names}"),
+    };
+    if names == "-" { format!("{kind} {forwarding}") } else { format!("{kind} {names},{forwarding}") }
 }
 
 fn frontend_value(value: &FrontendValue) -> String {
@@ -100,6 +106,7 @@ fn flow_value(value: &FlowValue) -> String {
             (FLOW_REDIRECT.into(), "redirect"),
             (FLOW_FROM_LAN.into(), "lan"),
             (FLOW_HANDED_ON.into(), "handed-on"),
+            (FLOW_DIRECT.into(), "direct"),
         ],
     );
     let tcp = flags(

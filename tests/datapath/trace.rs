@@ -234,8 +234,12 @@ fn generated(numbers: &mut Numbers, services: u16) -> Vec<Op> {
             flags |= if numbers.one_in(rarity) { bit } else { 0 };
         }
         flags |= if numbers.one_in(8) { 0 } else { frontend_flags::ROUTABLE };
-        flags |= [frontend_flags::FORWARDING_SNAT, frontend_flags::FORWARDING_L2, frontend_flags::FORWARDING_IPIP]
-            [numbers.below(3) as usize];
+        flags |= [
+            frontend_flags::FORWARDING_SNAT,
+            frontend_flags::FORWARDING_L2,
+            frontend_flags::FORWARDING_IPIP,
+            frontend_flags::FORWARDING_OPT,
+        ][numbers.below(4) as usize];
         let service = 100 + u32::from(n);
         if flags & frontend_flags::SOURCE_RANGES != 0 {
             let list = if flags & frontend_flags::SOURCE_RANGES_DENY != 0 { 1 } else { 0 };

@@ -15,10 +15,10 @@ use crate::packets6::{addresses, ends6, hops, ipv6, packet6, tcp6};
 use crate::rig::*;
 
 /// Beyond the router that the default route leads to.
-const FAR: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 12);
-const FAR6: Ipv6Addr = Ipv6Addr::new(0xfd07, 0, 0, 0, 0, 0, 0, 0x12);
+pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 12);
+pub(crate) const FAR6: Ipv6Addr = Ipv6Addr::new(0xfd07, 0, 0, 0, 0, 0, 0, 0x12);
 const TAG: u32 = 0xabcdef;
-const NODE_PORT: u16 = 30_080;
+pub(crate) const NODE_PORT: u16 = 30_080;
 const OUTER: usize = 20;
 const OUTER6: usize = 40;
 
@@ -37,9 +37,14 @@ fn peer(rig: &Rig, flags: u16) {
 
 /// A rig of both families whose remote pods are on a node elsewhere, reached by `ipip`.
 fn rig() -> Rig {
+    rig_by(frontend_flags::FORWARDING_IPIP)
+}
+
+/// The same with another way there.
+pub(crate) fn rig_by(way: u32) -> Rig {
     let rig = Rig::dual();
     peer(&rig, PEER_TAKES_NEW);
-    frontends(&rig, frontend_flags::FORWARDING_IPIP);
+    frontends(&rig, way);
     rig
 }
 

@@ -21,7 +21,7 @@ use smol_str::SmolStr;
 use crate::objects::Lease;
 pub use election::{Election, Timing};
 pub use link::Link;
-pub use record::{ANNOTATION, Record, RecordError, TAKES_IPIP};
+pub use record::{ANNOTATION, Record, RecordError, TAKES_IPIP, TAKES_OPT};
 
 /// Prefix of the names of presence Leases; the node's name follows.
 pub const LEASE_PREFIX: &str = "kinesin-node-";

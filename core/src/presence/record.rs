@@ -16,8 +16,11 @@ use crate::objects::Lease;
 /// The annotation.
 pub const ANNOTATION: &str = "kinesin.io/presence";
 
-/// It takes off what packets are wrapped in.
+/// It takes what is for a service out of the packets that others wrap it in.
 pub const TAKES_IPIP: &str = "ipip";
+
+/// It takes what is addressed to its backends and says which service it is for.
+pub const TAKES_OPT: &str = "opt";
 
 /// More addresses than any node announces; a record that lists more is not believed.
 const MAX_CLAIMS: usize = 1 << 17;
@@ -46,7 +49,7 @@ pub struct Record {
     /// Links on which it takes packets that others hand on to it as they are; none while its programs are not ready.
     #[serde(rename = "l", default, skip_serializing_if = "Vec::is_empty")]
     pub links: Vec<Link>,
-    /// In which other ways it takes packets that others hand on to it: [`TAKES_IPIP`].
+    /// In which other ways it takes packets that others hand on to it: [`TAKES_IPIP`], [`TAKES_OPT`].
     #[serde(rename = "t", default, skip_serializing_if = "Vec::is_empty")]
     pub takes: Vec<SmolStr>,
     /// Addresses that it answers for, sorted.

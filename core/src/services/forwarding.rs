@@ -5,7 +5,7 @@ use kinesin_abi::{frontend_flags, proto};
 use super::problems::Problems;
 use super::{Algorithm, NodeContext};
 use crate::objects::Service;
-use crate::presence::TAKES_IPIP;
+use crate::presence::{TAKES_IPIP, TAKES_OPT};
 
 /// How packets of this Service get to backends on other nodes.
 const MODE: &str = "service.cilium.io/forwarding-mode";
@@ -22,6 +22,9 @@ pub enum Dispatch {
     L2,
     /// As [`Self::L2`]; to nodes elsewhere inside another IP packet, where they take it.
     Ipip,
+    /// As [`Self::L2`]; to backends elsewhere with the client's address, and the service's in an option, where their node
+    /// takes it.
+    Opt,
 }
 
 impl Dispatch {
@@ -31,6 +34,7 @@ impl Dispatch {
             Self::Snat => frontend_flags::FORWARDING_SNAT,
             Self::L2 => frontend_flags::FORWARDING_L2,
             Self::Ipip => frontend_flags::FORWARDING_IPIP,
+            Self::Opt => frontend_flags::FORWARDING_OPT,
         }
     }
 
@@ -40,6 +44,7 @@ impl Dispatch {
             Self::Snat => "snat",
             Self::L2 => "l2",
             Self::Ipip => "ipip",
+            Self::Opt => "opt",
         }
     }
 
@@ -49,6 +54,7 @@ impl Dispatch {
         match self {
             Self::Snat | Self::L2 => None,
             Self::Ipip => Some(TAKES_IPIP),
+            Self::Opt => Some(TAKES_OPT),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Connections, as `ebpf/programs/src/flows.rs` finds and opens them.
 
 use kinesin_abi::{
-    Addr, Backend, BackendState, Be16, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SEARCHED_MEMBERS, SLOT_EMPTY,
-    SetRef, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
+    Addr, Backend, BackendState, Be16, FLOW_DIRECT, FLOW_REPLY, FlowKey, FlowValue, FrontendKey, SEARCHED_MEMBERS,
+    SLOT_EMPTY, SetRef, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto,
+    tcp_closed,
 };
 
 use super::{FlowDirection, Port, Step, Tracer, Tuple, View};
@@ -38,7 +39,11 @@ impl<V: View> Tracer<'_, V> {
             Some("the connection is over, and a SYN begins another one".to_owned())
         } else if flow.flags & FLOW_REPLY == 0 && !self.serves(&flow)? {
             Some("its backend takes no packets any more".to_owned())
-        } else if flow.flags & FLOW_REPLY == 0 && self.packet.proto != proto::TCP && !self.is_member(&flow)? {
+        } else if flow.flags & FLOW_REPLY == 0
+            && self.packet.proto != proto::TCP
+            && flow.flags & FLOW_DIRECT == 0
+            && !self.is_member(&flow)?
+        {
             Some("its service does not have its backend any more".to_owned())
         } else {
             None
@@ -77,7 +82,7 @@ impl<V: View> Tracer<'_, V> {
 
     /// Whether the backend of a flow still takes packets.
     fn serves(&self, flow: &FlowValue) -> Result<bool, V::Error> {
-        Ok(self.view.backend(flow.backend)?.is_some_and(|backend| backend.serves(flow)))
+        Ok(self.view.backend(flow.backend)?.is_some_and(|backend| backend.serves(&self.packet.key(), flow)))
     }
 
     /// The source port that a backend would see; none where no port is free. Sockets of the node, whose ports the programs

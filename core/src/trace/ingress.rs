@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 
 use kinesin_abi::{
-    Addr, Be16, DEVICE_ETHERNET, DEVICE_XDP, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
-    FrontendKey, FrontendKind, FrontendValue, L2Key, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
-    SETTING_REJECT_NO_BACKEND, frontend_flags, proto,
+    Addr, Backend, Be16, DEVICE_ETHERNET, DEVICE_XDP, DropReason, FLOW_DIRECT, FLOW_HANDED_ON, FLOW_REDIRECT,
+    FLOW_REPLY, FlowValue, FrontendKey, FrontendKind, FrontendValue, L2Key, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW,
+    PeerKey, PeerValue, SETTING_REJECT_NO_BACKEND, frontend_flags, proto,
 };
 
 use super::flows::tuple;
@@ -90,7 +90,10 @@ impl<V: View> Tracer<'_, V> {
     /// TCP, UDP or SCTP.
     fn ported(&mut self, ifindex: u32) -> Result<Vec<Way>, V::Error> {
         if let Some(flow) = self.find_flow()? {
-            if flow.flags & FLOW_HANDED_ON == 0 {
+            if flow.flags & (FLOW_DIRECT | FLOW_REPLY) == FLOW_DIRECT {
+                return Ok(sure(Verdict::pass("it is addressed to the backend; only the answers are translated")));
+            }
+            if flow.flags & FLOW_HANDED_ON == 0 || flow.flags & FLOW_REDIRECT != 0 {
                 return self.follow(ifindex, &flow);
             }
             // TCP remembers the node, other protocols their backend.
@@ -168,6 +171,34 @@ impl<V: View> Tracer<'_, V> {
         if far { self.wrap(ifindex, &peer) } else { Ok(None) }
     }
 
+    /// The first packet of a connection: as [`Self::hand_on`], or to the backend itself with the client's address.
+    fn hand_on_first(
+        &self,
+        ifindex: u32,
+        backend: &Backend,
+        forwarding: u32,
+        steps: &mut Vec<Step>,
+    ) -> Result<Option<Verdict>, V::Error> {
+        if forwarding != frontend_flags::FORWARDING_OPT {
+            return self.hand_on(ifindex, backend.node(), true, forwarding == frontend_flags::FORWARDING_IPIP);
+        }
+        let peer = self.view.peer(&PeerKey::of_node(backend.node()))?;
+        let takes = peer.is_some_and(|peer| {
+            const BOTH: u16 = PEER_TAKES_NEW | PEER_BY_ROUTE;
+            peer.flags & BOTH == BOTH
+        });
+        if !takes {
+            return self.hand_on(ifindex, backend.node(), true, false);
+        }
+        let (src, dst) = (self.packet.src.unwrap_or(self.packet.dst), IpAddr::from(backend.addr));
+        let sport = Port::only(self.packet.sport);
+        let (step, verdict) = self.send(ifindex, Tuple { src, sport, dst, dport: backend.port.get() })?;
+        let Verdict::Sent { .. } = &verdict else { return Ok(None) };
+        let why = "the packet says which service it is for, and the backend's node answers the client".to_owned();
+        steps.extend([step, Step::Source { address: src, kept: true, port: sport, why }]);
+        Ok(Some(verdict))
+    }
+
     /// To a node by route, inside another packet; none where there is no address or no way.
     fn wrap(&self, ifindex: u32, peer: &PeerValue) -> Result<Option<Verdict>, V::Error> {
         let to = if self.packet.dst.is_ipv6() { peer.ipv6 } else { Addr::from_v4_raw(peer.ipv4) };
@@ -225,11 +256,10 @@ impl<V: View> Tracer<'_, V> {
         let known =
             frontend.flags & frontend_flags::KIND != FrontendKind::NodePort as u32 || self.own_address(ifindex)?;
         let forwarding = frontend.flags & frontend_flags::FORWARDING;
-        let far = forwarding != frontend_flags::FORWARDING_L2;
         if !backend.is_local()
             && forwarding != frontend_flags::FORWARDING_SNAT
             && known
-            && let Some(verdict) = self.hand_on(ifindex, backend.node(), true, far)?
+            && let Some(verdict) = self.hand_on_first(ifindex, &backend, forwarding, &mut steps)?
         {
             return Ok(Way { chance, backend: Some(member(id, &backend)), steps, verdict });
         }

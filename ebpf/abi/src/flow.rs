@@ -35,7 +35,7 @@ pub struct FlowValue {
     pub sport: Be16,
     /// New destination port.
     pub dport: Be16,
-    /// [`FLOW_REPLY`], [`FLOW_REDIRECT`], [`FLOW_FROM_LAN`], [`FLOW_HANDED_ON`].
+    /// [`FLOW_REPLY`], [`FLOW_REDIRECT`], [`FLOW_FROM_LAN`], [`FLOW_HANDED_ON`], [`FLOW_DIRECT`].
     pub flags: u8,
     /// `TCP_SEEN_*` of both directions; kept in both entries, so that either tells whether the connection is over.
     pub tcp: u8,
@@ -57,7 +57,12 @@ pub const FLOW_REDIRECT: u8 = 2;
 pub const FLOW_FROM_LAN: u8 = 4;
 /// The packets go to the backend's node as they are, which translates them and answers the client itself. There is no
 /// entry of the other direction, whose packets do not come by here; the new addresses only say which backend was meant.
+/// With [`FLOW_REDIRECT`] they go to the backend itself instead, with the client's address, and say which service is meant.
 pub const FLOW_HANDED_ON: u8 = 8;
+/// The client's packets come in addressed to the backend, as another node has made them, and only the answers are
+/// translated. The entry of the client's direction has the service's address as its new one, for no packet but for
+/// its partner.
+pub const FLOW_DIRECT: u8 = 16;
 
 /// The client's side sent FIN.
 pub const TCP_SEEN_FIN: u8 = 1;
@@ -75,15 +80,30 @@ impl FlowValue {
     /// would be a call of the programs.
     #[inline(always)]
     pub const fn partner_key(&self, key: &FlowKey) -> FlowKey {
+        if self.flags & FLOW_DIRECT != 0 {
+            return FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..*key };
+        }
+        self.translated_key(key)
+    }
+
+    /// [`Self::partner_key`] of a connection whose packets are translated both ways: none of [`FLOW_DIRECT`].
+    #[inline(always)]
+    pub const fn translated_key(&self, key: &FlowKey) -> FlowKey {
         FlowKey { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*key }
     }
 
-    /// [`Self::partner_key`], written to where it is needed: the programs' stacks are short.
+    /// [`Self::translated_key`], written to where it is needed: the programs' stacks are short.
     #[inline(always)]
-    pub const fn write_partner_key(&self, key: &FlowKey, to: &mut FlowKey) {
+    pub const fn write_translated_key(&self, key: &FlowKey, to: &mut FlowKey) {
         (to.src, to.dst) = (self.dst, self.src);
         (to.sport, to.dport) = (self.dport, self.sport);
         (to.proto, to.pad) = (key.proto, key.pad);
+    }
+
+    /// The backend that packets of the client's direction get to.
+    #[inline(always)]
+    pub const fn backend_end(&self, key: &FlowKey) -> (Addr, Be16) {
+        if self.flags & FLOW_DIRECT != 0 { (key.dst, key.dport) } else { (self.dst, self.dport) }
     }
 
     /// Whether a TCP connection is over, as far as it comes by here: of one that was handed on only the client's half
@@ -277,3 +297,24 @@ pub struct FragmentValue {
 }
 
 crate::pod! { FragmentKey = 40, FragmentValue = 16, FlowKey = 40, FlowValue = 56, SocketKey = 32, SocketValue = 24 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_noted_connection_each_half_leads_to_the_other_and_names_the_backend() {
+        let end = |last, port| (Addr::from_v4_raw(last), Be16::new(port));
+        let ((client, cport), (pod, pport), (service, sport)) = (end(1, 40_000), end(2, 8080), end(3, 80));
+        let key = FlowKey { src: client, dst: pod, sport: cport, dport: pport, proto: 6, pad: [0; 3] };
+        let flags = FLOW_DIRECT | FLOW_FROM_LAN;
+        let value = FlowValue { src: client, dst: service, sport: cport, dport: sport, flags, ..FlowValue::default() };
+        let other = value.partner_key(&key);
+        assert_eq!((other.src, other.dst, other.sport, other.dport), (pod, client, pport, cport));
+        let reply = FlowValue { src: service, dst: client, sport, dport: cport, flags: flags | FLOW_REPLY, ..value };
+        assert_eq!(reply.partner_key(&other), key);
+        assert_eq!(value.backend_end(&key), (pod, pport));
+        let translated = FlowValue { dst: pod, dport: pport, flags: FLOW_FROM_LAN, ..value };
+        assert_eq!(translated.backend_end(&FlowKey { dst: service, dport: sport, ..key }), (pod, pport));
+    }
+}

@@ -22,8 +22,8 @@ pub use addr::{Addr, Be16};
 pub use affinity::{AFFINITY_NETNS, AffinityKey, AffinityValue, affinity_binds};
 pub use drop::{COUNT_ACCELERATED, DROP_SLOTS, Direction, DropCounter, DropReason, drop_slot};
 pub use flow::{
-    FLOW_COUNTS, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
-    FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    FLOW_COUNTS, FLOW_DIRECT, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue,
+    FragmentKey, FragmentValue, SocketKey, SocketValue, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
     TCP_SEEN_RST, Timeouts, tcp_closed, tcp_established,
 };
 pub use hash::{maglev_hash, maglev_index};

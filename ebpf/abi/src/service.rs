@@ -4,7 +4,7 @@
 //! Both arrays are plain `BPF_MAP_TYPE_ARRAY`, whose lookups the kernel's JIT inlines; the frontend is the only hash
 //! lookup of a new connection. Frontends of one service port share their slots.
 
-use crate::{Addr, Be16, FlowValue};
+use crate::{Addr, Be16, FlowKey, FlowValue};
 
 /// Index into the backends array; 0 is no backend.
 pub type BackendId = u32;
@@ -89,6 +89,9 @@ pub mod frontend_flags {
     pub const FORWARDING_L2: u32 = 1 << 11;
     /// As they are to a node on the same segment, wrapped in another IP packet to other nodes (RFC 2003, RFC 2473).
     pub const FORWARDING_IPIP: u32 = 2 << 11;
+    /// As they are to a node on the same segment; to backends elsewhere with the client's address, and the service's in an
+    /// IPv4 option or an IPv6 destination option.
+    pub const FORWARDING_OPT: u32 = 3 << 11;
 }
 
 /// Why a frontend exists.
@@ -173,11 +176,13 @@ impl Backend {
         self.flags & BACKEND_LOCAL != 0
     }
 
-    /// Whether it is the one that a flow was given, and not another one under its id, and takes the flow's packets.
+    /// Whether it is the one that a flow of the client's direction was given, and not another one under its id, and takes
+    /// the flow's packets.
     #[inline(always)]
-    pub fn serves(&self, flow: &FlowValue) -> bool {
-        self.addr == flow.dst
-            && self.port == flow.dport
+    pub fn serves(&self, key: &FlowKey, flow: &FlowValue) -> bool {
+        let (addr, port) = flow.backend_end(key);
+        self.addr == addr
+            && self.port == port
             && (self.state == BackendState::Active as u8 || self.state == BackendState::Terminating as u8)
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     family::{Family, V4, V6},
     flows,
     frame::Frame,
-    lookup,
+    lookup, option,
     packet::{self, Packet, link},
     rewrite::{self, Tuple, add, fold},
     skb::ETHERNET,
@@ -83,11 +83,14 @@ fn sent<F: Family>(xdp: Xdp) -> Option<u32> {
     if !ours || unfinished::<F>(xdp, packet) {
         return None;
     }
-    if flow.flags & FLOW_HANDED_ON != 0 {
-        hand_on::<F>(xdp, packet, flow, ethernet.src, device)
-    } else {
-        redirect::<F>(xdp, packet, flow)
+    if flow.flags & FLOW_REDIRECT == 0 {
+        return hand_on::<F>(xdp, packet, flow, ethernet.src, device);
     }
+    // What has to say which service it is for gets longer, which tc does.
+    if flow.flags & FLOW_HANDED_ON != 0 && option::is_due(packet) {
+        return None;
+    }
+    redirect::<F>(xdp, packet, flow)
 }
 
 /// Sends a packet on to the node that has its connection, as `dispatch::follow` does.

@@ -1,5 +1,6 @@
 //! Dispatch `l2`: packets go on as they are to the node of their backend, a neighbour on the segment that they came from.
-//! To nodes elsewhere they go inside another packet, where the service has it so: see `wrap`.
+//! To nodes elsewhere they go inside another packet, or to the backend itself, where the service has it so: see `wrap` and
+//! `option`.
 //!
 //! Two nodes take part. Where the client's packets come in, a backend is chosen as always; its node becomes the frame's
 //! destination, one hop is counted, and nothing else changes. That node knows the address too: it chooses among its own
@@ -14,8 +15,8 @@
 
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
 use kinesin_abi::{
-    Addr, Backend, BackendId, DropReason, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag, PEER_BY_ROUTE,
-    PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
+    Addr, Backend, BackendId, DropReason, FLOW_REDIRECT, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag,
+    PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
 };
 
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
     flows,
     frame::Frame,
     lookup::{self, Chosen},
+    option::{self, Carrier},
     packet::{Packet, link},
     skb::{ETHERNET, Skb},
     verdict::Verdict,
@@ -85,7 +87,7 @@ pub fn local(set: SetRef, chosen: Chosen) -> Chosen {
 
 /// Hands a new connection on to the backend's node; none where that must not or cannot be.
 #[inline(always)]
-pub fn begin<F: Wrapper>(
+pub fn begin<F: Wrapper + Carrier>(
     skb: Skb,
     packet: &Packet,
     frontend: &FrontendValue,
@@ -102,9 +104,17 @@ pub fn begin<F: Wrapper>(
     if node_port && !lookup::is_own::<F>(&packet.flow.dst, skb.ifindex()) {
         return Ok(None);
     }
+    if peer.flags & PEER_BY_ROUTE != 0 && frontend.flags & frontend_flags::FORWARDING == frontend_flags::FORWARDING_OPT
+    {
+        if !option::has_room::<F>(packet) {
+            return Ok(None);
+        }
+        flows::hand_on(&packet.flow, backend, id, FLOW_REDIRECT)?;
+        return Ok(Some(option::to_backend(backend.addr, backend.port)));
+    }
     let verdict = go::<F>(skb, peer)?;
     if verdict.is_some() {
-        flows::hand_on(&packet.flow, backend, id)?;
+        flows::hand_on(&packet.flow, backend, id, 0)?;
     }
     Ok(verdict)
 }

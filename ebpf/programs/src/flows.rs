@@ -11,9 +11,9 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use kinesin_abi::{
-    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY,
-    FlowCount, FlowKey, FlowValue, SEARCHED_MEMBERS, Settings, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY,
-    TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
+    Addr, Backend, BackendId, BackendState, Be16, DropReason, FLOW_DIRECT, FLOW_FROM_LAN, FLOW_HANDED_ON,
+    FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, SEARCHED_MEMBERS, Settings, TCP_SEEN_ACK, TCP_SEEN_FIN,
+    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, proto, tcp_closed,
 };
 
 use crate::{
@@ -41,7 +41,7 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
         // A SYN after the end begins something new in either direction: also the SYN-ACK of a connection that the client
         // has opened to the pod itself, from a port that it once reached it from through us. So does one to a backend
         // that is gone.
-        packet.tcp & TCP_SYN != 0 && (flow.is_over() || flow.flags & FLOW_REPLY == 0 && !serves(flow))
+        packet.tcp & TCP_SYN != 0 && (flow.is_over() || flow.flags & FLOW_REPLY == 0 && !serves(&packet.flow, flow))
     } else {
         flow.flags & FLOW_REPLY == 0 && member(&packet.flow, flow) == 0
     };
@@ -108,8 +108,8 @@ fn fetch_old(key: &FlowKey, into: &mut FlowValue) -> u32 {
 
 /// Whether the backend that a flow was given still exists and takes packets.
 #[inline(always)]
-fn serves(flow: &FlowValue) -> bool {
-    lookup::backend(flow.backend).is_some_and(|backend| backend.serves(flow))
+fn serves(key: &FlowKey, flow: &FlowValue) -> bool {
+    lookup::backend(flow.backend).is_some_and(|backend| backend.serves(key, flow))
 }
 
 /// Whether the service that the client of a connectionless flow talks to still exists, and the backend is still one of
@@ -117,8 +117,12 @@ fn serves(flow: &FlowValue) -> bool {
 #[inline(never)]
 fn member(key: &FlowKey, flow: &mut FlowValue) -> u32 {
     let Some(backend) = lookup::backend(flow.backend) else { return 0 };
-    if !backend.serves(flow) {
+    if !backend.serves(key, flow) {
         return 0;
+    }
+    // Whether it is still a member is looked at where the client's packets come in.
+    if flow.flags & FLOW_DIRECT != 0 {
+        return 1;
     }
     // Slots that no service has are empty.
     if SLOTS.get(flow.slot) == Some(&flow.backend) {
@@ -219,8 +223,41 @@ fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
     if flow.flags & FLOW_HANDED_ON != 0 {
         return;
     }
+    if flow.flags & FLOW_DIRECT != 0 {
+        restore_direct(key, flow);
+        return;
+    }
     let value = partner(key, flow);
-    keep(&flow.partner_key(key), &value, 0);
+    keep(&flow.translated_key(key), &value, 0);
+}
+
+/// The end of [`note`] for a connection that was learned.
+#[inline(never)]
+fn restore_direct(key: &FlowKey, flow: &FlowValue) -> u32 {
+    let Some(packet) = lookup::scratch() else { return 0 };
+    packet.quoted = reversed(key);
+    let value = direct_partner(flow);
+    keep(&packet.quoted, &value, 0)
+}
+
+/// The key of the other direction of a connection that was learned.
+#[inline(always)]
+fn reversed(key: &FlowKey) -> FlowKey {
+    FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..*key }
+}
+
+/// And its entry.
+#[inline(always)]
+fn direct_partner(flow: &FlowValue) -> FlowValue {
+    FlowValue {
+        src: flow.dst,
+        dst: flow.src,
+        sport: flow.dport,
+        dport: flow.sport,
+        flags: flow.flags ^ FLOW_REPLY,
+        slot: 0,
+        ..*flow
+    }
 }
 
 /// Brings an entry up to date wherever it is, or adds it; its time only where this packet went its way.
@@ -275,16 +312,17 @@ fn count(what: FlowCount) {
     }
 }
 
-/// Records, in the client's direction alone, that a connection goes on to the backend's node as it is.
+/// Records, in the client's direction alone, that a connection goes on to the backend's node as it is, or (with
+/// [`FLOW_REDIRECT`] in `how`) to the backend.
 #[inline(always)]
-pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId) -> Result<(), DropReason> {
+pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId, how: u8) -> Result<(), DropReason> {
     let flow = FlowValue {
         last_seen: lookup::now(),
         src: client.src,
         dst: backend.addr,
         sport: client.sport,
         dport: backend.port,
-        flags: FLOW_FROM_LAN | FLOW_HANDED_ON,
+        flags: FLOW_FROM_LAN | FLOW_HANDED_ON | how,
         tcp: 0,
         pad: [0; 2],
         backend: id,
@@ -292,6 +330,39 @@ pub fn hand_on(client: &FlowKey, backend: &Backend, id: BackendId) -> Result<(),
         slot: if client.proto == proto::TCP { backend.node() } else { 0 },
     };
     if write(client, &flow, 1) == TAKEN { Ok(()) } else { Err(DropReason::FlowInsertFailed) }
+}
+
+/// Records in both directions a connection whose packets another node addresses to the backend, and the service's end,
+/// which it says. Of a client that reaches one backend from one port through two addresses, the newer connection is
+/// answered.
+#[inline(never)]
+pub fn learn(client: &FlowKey, addr: &Addr, port: u32, id: BackendId) -> u32 {
+    let flow = FlowValue {
+        last_seen: lookup::now(),
+        src: client.src,
+        dst: *addr,
+        sport: client.sport,
+        dport: Be16::from_raw(port as u16),
+        flags: FLOW_FROM_LAN | FLOW_DIRECT,
+        tcp: 0,
+        pad: [0; 2],
+        backend: id,
+        slot: 0,
+    };
+    if write(client, &flow, 1) != TAKEN {
+        return 0;
+    }
+    write_partner(client, &flow)
+}
+
+/// Writes the entry of the other direction of a new connection, whoever has it; 0 where that failed.
+#[inline(never)]
+fn write_partner(key: &FlowKey, flow: &FlowValue) -> u32 {
+    let value = direct_partner(flow);
+    // Where there is room: see `Packet::quoted`.
+    let Some(packet) = lookup::scratch() else { return 0 };
+    packet.quoted = reversed(key);
+    (write(&packet.quoted, &value, 1) == TAKEN) as u32
 }
 
 /// What a new connection becomes.
@@ -362,7 +433,7 @@ const PRESSED: u32 = 4;
 #[inline(never)]
 fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
     let reply = partner(client, forward);
-    let mut key = forward.partner_key(client);
+    let mut key = forward.translated_key(client);
     let (min, span) = (range >> 16, range & 0xffff);
     let mut result = OCCUPIED;
     // Towards a local backend the address is the client's, so that no socket of the node has it.
@@ -477,7 +548,8 @@ fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32
         return 0;
     }
     // The client may be the only one who talks.
-    holder.write_partner_key(key, &mut packet.quoted);
+    // One that was learned has its partner elsewhere, which is taken for silent.
+    holder.write_translated_key(key, &mut packet.quoted);
     (lookup::now().saturating_sub(last_seen(&packet.quoted)) > quiet) as u32
 }
 

@@ -178,7 +178,7 @@ fn related<F: Family>(
     }
     // The error travels the way of the packets that answer the one it quotes.
     let Some(flow) = flows::related(old) else { return Ok(None) };
-    if flow.flags & FLOW_HANDED_ON != 0 {
+    if flow.flags & (FLOW_HANDED_ON | FLOW_REDIRECT) == FLOW_HANDED_ON {
         return Ok((direction == Direction::Ingress).then_some(Verdict::Answered(HAND_ON)));
     }
     let (redirect, reply) = (flow.flags & FLOW_REDIRECT != 0, flow.flags & FLOW_REPLY != 0);
@@ -191,7 +191,8 @@ fn related<F: Family>(
         return Ok(None);
     }
     let (src, dst, sport, dport) = (flow.src, flow.dst, flow.sport, flow.dport);
-    let reporter = if reply || redirect { src } else { packet.flow.src };
+    // A backend that sees its client learns from whom the error is.
+    let reporter = if reply || redirect && flow.flags & FLOW_HANDED_ON == 0 { src } else { packet.flow.src };
     let mut route = route::Route::NONE;
     let mut ttl = packet.ttl;
     if redirect {

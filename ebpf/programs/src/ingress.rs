@@ -1,8 +1,8 @@
 //! The two sentences of the tc hooks.
 
 use kinesin_abi::{
-    AffinityKey, BackendId, Direction, DropReason, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue, FrontendValue,
-    SLOT_EMPTY, frontend_flags,
+    AffinityKey, BackendId, Direction, DropReason, FLOW_DIRECT, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowValue,
+    FrontendValue, SLOT_EMPTY, frontend_flags,
 };
 
 use crate::{
@@ -10,6 +10,7 @@ use crate::{
     family::{Family, V4, V6},
     flows::{self, Opening},
     fragments, icmp, lookup, ndp,
+    option::{self, Carrier},
     packet::{Packet, Unparsed},
     reject::{self, Reporter},
     rewrite::{self, Tuple},
@@ -52,7 +53,7 @@ pub fn from_netdev6(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
 
 /// A packet for this node's MAC.
 #[inline(always)]
-fn serve<F: Reporter + Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
+fn serve<F: Reporter + Wrapper + Carrier>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };
     packet.from = 0;
     wrap::open::<F>(skb, link);
@@ -75,8 +76,21 @@ fn serve<F: Reporter + Wrapper>(skb: Skb, link: u32) -> Result<Verdict, DropReas
             _ => DropReason::InvalidPacket,
         });
     }
-    if F::LONG_ADDRESSES { Ok(Verdict::Answered(apart::<F>(skb, link))) } else { answer::<F>(skb, link, packet) }
+    // Done here, where there is stack left for it, and once, because the verifier follows it from wherever it is called.
+    let mut code = apart::<F>(skb, link);
+    if code == option::TO_BACKEND {
+        code = option::send::<F>(skb);
+    } else if code == option::LEARN {
+        code = option::learn::<F>(skb);
+    }
+    if code >= REPORT {
+        code = reject::report::<F>(skb, link, (code - REPORT) as u32);
+    }
+    Ok(Verdict::Answered(code))
 }
+
+/// No codes of a hook: its sender is owed a report about the drop reason that is added.
+pub const REPORT: i32 = 0x1000;
 
 /// What is for no service goes on as it came, but not out of what it came in.
 #[inline(always)]
@@ -84,31 +98,34 @@ fn no_service(packet: &Packet) -> Result<Verdict, DropReason> {
     if packet.from == 0 { Ok(Verdict::PASS) } else { Err(DropReason::Encapsulated) }
 }
 
-/// [`answer`] with a stack of its own: with that of ICMP there is no room for long addresses.
+/// [`code_of`] with a stack of its own: with that of ICMP there is no room for long addresses.
 #[inline(never)]
-fn apart<F: Reporter + Wrapper>(skb: Skb, link: u32) -> i32 {
+fn apart<F: Wrapper + Carrier>(skb: Skb, link: u32) -> i32 {
     let Some(packet) = lookup::scratch() else { return verdict::finish(skb, Direction::Ingress, Ok(Verdict::PASS)) };
-    verdict::finish(skb, Direction::Ingress, answer::<F>(skb, link, packet))
+    code_of::<F>(skb, link, packet)
 }
 
-/// What [`translate`] makes of a packet, and an answer where its sender is owed one.
+/// What [`translate`] makes of a packet.
 #[inline(always)]
-fn answer<F: Reporter + Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+fn code_of<F: Wrapper + Carrier>(skb: Skb, link: u32, packet: &Packet) -> i32 {
     match translate::<F>(skb, link, packet) {
-        // Here alone, because the verifier follows it from wherever it is called.
-        Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => {
-            Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32)))
-        }
-        Ok(Verdict::Refused(reason)) => Ok(Verdict::Answered(reject::report::<F>(skb, link, reason as u32))),
-        verdict => verdict,
+        Err(reason @ (DropReason::FragmentationNeeded | DropReason::TtlExceeded)) => REPORT + reason as i32,
+        Ok(Verdict::Refused(reason)) => REPORT + reason as i32,
+        verdict => verdict::finish(skb, Direction::Ingress, verdict),
     }
 }
 
 /// A packet with ports.
 #[inline(always)]
-fn translate<F: Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
+fn translate<F: Wrapper + Carrier>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict, DropReason> {
     if let Some(flow) = flows::find(packet) {
-        if flow.flags & FLOW_HANDED_ON == 0 {
+        if flow.flags & (FLOW_DIRECT | FLOW_REPLY) == FLOW_DIRECT {
+            flows::track(packet, flow);
+            return if option::take_off::<F>(skb) == 0 { Ok(Verdict::TRANSLATED) } else { Err(DropReason::WriteError) };
+        }
+        // What goes to the backend itself need not say for which service any more.
+        let to_backend = flow.flags & FLOW_REDIRECT != 0 && !option::is_due(packet);
+        if flow.flags & FLOW_HANDED_ON == 0 || to_backend {
             return follow::<F>(skb, packet, flow);
         }
         // Without Ethernet there are no neighbours to hand it to, and what came wrapped is for this node: it begins anew,
@@ -126,6 +143,7 @@ fn translate<F: Wrapper>(skb: Skb, link: u32, packet: &Packet) -> Result<Verdict
     }
     match frontend {
         Some(frontend) => begin::<F>(skb, link, packet, frontend),
+        None if F::may_have(packet) && packet.from == 0 => Ok(Verdict::Answered(option::LEARN)),
         None => no_service(packet),
     }
 }
@@ -171,12 +189,20 @@ fn go_on<F: Wrapper>(skb: Skb, packet: &Packet, flow: &mut FlowValue) -> Result<
         return Err(DropReason::Fragment);
     }
     flows::track(packet, flow);
+    if flow.flags & FLOW_REDIRECT != 0 {
+        return Ok(Some(option::to_backend(flow.dst, flow.dport)));
+    }
     dispatch::follow::<F>(skb, flow, packet.flow.proto)
 }
 
 /// The first packet of a connection to one of our frontends.
 #[inline(always)]
-fn begin<F: Wrapper>(skb: Skb, link: u32, packet: &Packet, frontend: &FrontendValue) -> Result<Verdict, DropReason> {
+fn begin<F: Wrapper + Carrier>(
+    skb: Skb,
+    link: u32,
+    packet: &Packet,
+    frontend: &FrontendValue,
+) -> Result<Verdict, DropReason> {
     if frontend.flags & frontend_flags::WILDCARD != 0 {
         return Err(DropReason::NoBackend);
     }

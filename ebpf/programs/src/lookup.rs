@@ -2,10 +2,10 @@
 
 use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
-    Addr, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey, FrontendKey,
-    FrontendValue, L2Key, MAGLEV_TABLE_SIZE, PeerKey, PeerValue, SELECTION_TRIES, SLOT_EMPTY, SOURCE_RANGE_ALL_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue, SourceRange, drop_slot,
-    frontend_flags, maglev_hash, maglev_index, proto,
+    Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey,
+    FrontendKey, FrontendValue, L2Key, MAGLEV_TABLE_SIZE, PeerKey, PeerValue, SEARCHED_MEMBERS, SELECTION_TRIES,
+    SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue,
+    SourceRange, drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
 };
 
 use crate::family::Family;
@@ -166,6 +166,30 @@ pub fn peer(key: &PeerKey) -> Option<&'static PeerValue> {
 pub fn member(set: SetRef, position: u32) -> Option<Chosen> {
     let &id = SLOTS.get(set.base.wrapping_add(position))?;
     backend(id).map(|backend| Chosen { id, backend, position })
+}
+
+/// Finds the backend of this node that the packet at hand is addressed to among the members of a set; 1 where there is one,
+/// with its id in `Packet::member`.
+///
+/// Written for the verifier, as `affinity::search`; and each step without branches but for its end.
+#[inline(never)]
+pub fn local_member(base: u32, count: u32) -> u32 {
+    let Some(packet) = scratch() else { return 0 };
+    let (addr, port) = (packet.flow.dst, packet.flow.dport.raw());
+    for position in 0..SEARCHED_MEMBERS {
+        let Some(&id) = SLOTS.get(base.wrapping_add(position)) else { return 0 };
+        let Some(backend) = BACKENDS.get(id) else { return 0 };
+        let mut difference = (backend.port.raw() ^ port) as u32 | !backend.flags & BACKEND_LOCAL;
+        for i in 0..4 {
+            difference |= backend.addr.words[i] ^ addr.words[i];
+        }
+        if difference == 0 {
+            packet.member = id;
+            // Behind the set lies another one.
+            return (position < count) as u32;
+        }
+    }
+    0
 }
 
 /// The source address for connections that leave by one device and came in by another.

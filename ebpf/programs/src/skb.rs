@@ -31,6 +31,8 @@ const TRANSLATED: u16 = 0x4b69;
 
 /// `BPF_ADJ_ROOM_MAC`: grow or shrink between the link-layer header and what follows.
 const ADJ_ROOM_MAC: u32 = 1;
+/// `BPF_ADJ_ROOM_NET`: grow or shrink behind an IP header without options.
+const ADJ_ROOM_NET: u32 = 0;
 
 /// A packet at a tc hook.
 #[derive(Clone, Copy)]
@@ -136,6 +138,14 @@ impl Skb {
     pub fn unwrap(self, len: i32) -> Result<(), DropReason> {
         // SAFETY: the context is valid.
         let ret = unsafe { h::bpf_skb_adjust_room(self.0, -len, ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
+    /// Inserts or removes so many bytes behind an IP header without options, in each segment of what is segmented later.
+    #[inline(always)]
+    pub fn adjust_options(self, len: i32) -> Result<(), DropReason> {
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO as u64) };
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
     }
 

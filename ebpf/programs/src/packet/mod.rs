@@ -7,9 +7,9 @@ pub mod ipv4;
 pub mod ipv6;
 pub mod link;
 
-use kinesin_abi::{Be16, DropReason, FlowKey, NodeTag, proto};
+use kinesin_abi::{BackendId, Be16, DropReason, FlowKey, NodeTag, proto};
 
-use crate::{family::Family, frame::Frame, reject::Headers6, skb::Skb, wrap::Outer};
+use crate::{family::Family, frame::Frame, option::Option6, reject::Headers6, skb::Skb, wrap::Outer};
 
 pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
@@ -52,6 +52,8 @@ pub struct Packet {
     pub handed_on: u8,
     /// The peer that has sent us this packet inside another one; 0 for one that came as it is. See `wrap`.
     pub from: NodeTag,
+    /// A backend that has been looked for; see `option`.
+    pub member: BackendId,
     /// The longest packet that the way takes which this one does not fit; 0 where the kernel does not say (before 5.12),
     /// which makes the sender guess (RFC 1191 section 5).
     pub mtu: u16,
@@ -62,6 +64,8 @@ pub struct Packet {
     pub answer: Headers6,
     /// The outer header, while a packet is wrapped.
     pub outer: Outer,
+    /// Of IPv6: the option, while it is added.
+    pub option: Option6,
     /// Identification of a fragment, as loaded.
     pub fragment: u32,
     /// Of IPv6: where extension headers end, of the packet or of what it quotes.
