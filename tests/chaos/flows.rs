@@ -207,6 +207,10 @@ impl Watch {
     }
 }
 
+/// Nobody's presence runs out however long a busy machine takes for a restart: this is about flows, not about owners.
+const LONG: (&str, &str) = ("l2-announcements-lease-duration", "900s");
+const SNAT: (&str, &str) = ("bpf-lb-mode", "snat");
+
 /// How often agents are killed; `KINESIN_RESTARTS=100` for the whole of R22.
 fn restarts() -> u64 {
     std::env::var("KINESIN_RESTARTS").ok().and_then(|text| text.parse().ok()).unwrap_or(6)
@@ -215,7 +219,7 @@ fn restarts() -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r22_flows_through_a_node_without_backends_outlive_every_restart_of_its_agent() {
     // With the node's address, so that all packets of all flows depend on what this node knows.
-    let mut rig = Rig::start("transit", Lease::Patient, &[("bpf-lb-mode", "snat")]).await;
+    let mut rig = Rig::start("transit", Lease::Patient, &[SNAT, LONG]).await;
     let owner = rig.owner(&[]).await;
     manifests::write_endpoints(&rig.lab, &[rig.lab.node(owner).name()]).unwrap();
     serve_datagrams(&rig).await;
@@ -238,7 +242,7 @@ async fn r22_flows_through_a_node_without_backends_outlive_every_restart_of_its_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r23_r31_agents_killed_at_any_moment_of_their_start_lose_no_flow_and_no_backend() {
-    let mut rig = Rig::start("moments", Lease::Patient, &[]).await;
+    let mut rig = Rig::start("moments", Lease::Patient, &[LONG]).await;
     let owner = rig.owner(&[]).await;
     serve_datagrams(&rig).await;
     let traffic = Traffic::start(&rig).await;
@@ -276,7 +280,7 @@ const SIZES: [(&str, [&str; 2], &str); 9] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r29_every_size_is_changed_under_traffic_live_and_by_a_restart_and_no_flow_is_lost() {
-    let mut rig = Rig::start("sizes", Lease::Patient, &[("bpf-lb-mode", "snat")]).await;
+    let mut rig = Rig::start("sizes", Lease::Patient, &[SNAT, LONG]).await;
     let owner = rig.owner(&[]).await;
     serve_datagrams(&rig).await;
     let traffic = Traffic::start(&rig).await;
