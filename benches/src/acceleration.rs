@@ -104,7 +104,7 @@ fn requests() -> anyhow::Result<()> {
     let mut pause = Instant::now();
     for mode in ["snat", "auto"] {
         for acceleration in ["disabled", "native"] {
-            crate::cluster::pause(pause.saturating_duration_since(Instant::now()));
+            cluster.runtime.block_on(tokio::time::sleep_until(pause.into()));
             heading(&format!("Through a service's address, over the pod itself: {mode}, acceleration {acceleration}"));
             let agents = start(&cluster, mode, acceleration)?;
             wait_served(&cluster, || agents[0].logs(20))?;
@@ -161,7 +161,7 @@ fn wait_for_way(cluster: &Cluster, agent: &AgentHandle, way: &str) -> anyhow::Re
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "not {way}: {members:?}");
-        crate::cluster::pause(Duration::from_millis(50));
+        cluster.runtime.block_on(tokio::time::sleep(Duration::from_millis(50)));
     }
 }
 
