@@ -19,6 +19,8 @@ mod acceleration;
 /// Agents start and elect within it on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 150);
+/// Long, so that an agent that a busy machine keeps waiting loses no address.
+const LEASE: &str = "l2-announcements-lease-duration";
 const UDP_PORT: u16 = 9999;
 const NODE_PORT: u16 = 30_080;
 
@@ -41,7 +43,7 @@ async fn rig_of(builder: LabBuilder, config: &[(&str, &str)], service: &str) -> 
     for pod in lab.pods() {
         pod.serve().await.unwrap();
     }
-    let mut options = AgentOptions::on_manifests(&lab).config("map-verify-interval", "1s");
+    let mut options = AgentOptions::on_manifests(&lab).config("map-verify-interval", "1s").config(LEASE, "900s");
     for (key, value) in config {
         options = options.config(key, value);
     }
@@ -300,7 +302,7 @@ async fn a_changed_mode_holds_for_new_connections_and_lets_old_ones_be() {
 
 #[tokio::test]
 async fn a_node_that_is_no_longer_a_neighbour_gets_new_connections_by_snat_and_says_why() {
-    let mut rig = rig("fallback", &[("enable-l2-announcements", "true")], "").await;
+    let mut rig = rig("fallback", &[("enable-l2-announcements", "true"), (LEASE, "15s")], "").await;
     let owner = rig.owner().await;
     rig.all_neighbours(owner).await;
     let other = (1..=3).find(|node| *node != owner).unwrap();

@@ -42,7 +42,10 @@ async fn rig(name: &str, config: &[(&str, &str)], annotations: &str) -> Rig {
     for pod in lab.pods() {
         pod.serve().await.unwrap();
     }
-    let mut options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true");
+    // A lease so long that an agent that a busy machine keeps waiting stays a member.
+    let mut options = AgentOptions::on_manifests(&lab)
+        .config("enable-ipv6", "true")
+        .config("l2-announcements-lease-duration", "900s");
     for (key, value) in config {
         options = options.config(key, value);
     }

@@ -11,17 +11,14 @@
 //!
 //! Deliberately absent: detaching on stop. The pinned links carry the traffic while no agent runs.
 
+mod load;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use anyhow::Context;
 use kinesin_abi::{
-    Addr, DEVICE_ETHERNET, DEVICE_XDP, DeviceValue, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4,
-    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    DEVICE_XDP, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
+    SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
@@ -29,14 +26,12 @@ use kinesin_core::plan::Limits;
 use metrics::counter;
 use smol_str::SmolStr;
 
+use self::load::{Loaded, Options, acceleration, device_value, open};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
-use crate::config::{self, Config, NoBackend};
-use crate::datapath::{
-    Acceleration, Datapath, HookStatus, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs, update_settings,
-};
+use crate::config::{Config, NoBackend};
+use crate::datapath::{Acceleration, HookStatus, MapSizes, update_settings};
 use crate::level::Follower;
-use crate::machine;
 use crate::net::local_ports;
 use crate::supervisor::Backoff;
 use crate::sync::lock;
@@ -66,9 +61,6 @@ impl Label for LoaderMsg {
 /// only in somebody's way is tried again soon, the rest seldom (R34).
 const BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: Duration::from_secs(300) };
 
-/// Counts loads of this process, so that every load is a change to those who follow the maps.
-static GENERATION: AtomicU64 = AtomicU64::new(0);
-
 /// The actor.
 pub struct Loader {
     world: World,
@@ -87,37 +79,6 @@ pub struct Loader {
     verify: Timer,
     /// While a hook or program fails: how often it was tried again, and the next time.
     retry: Option<(usize, Timer)>,
-}
-
-/// What a load depends on; a change of it makes maps and programs anew.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Options {
-    bpf_root: PathBuf,
-    sizes: MapSizes,
-    /// What was asked for and may not fit into the memory.
-    tight: Vec<String>,
-    /// Where sockets are translated.
-    cgroup: Option<PathBuf>,
-    /// Serve IPv6 on devices.
-    ipv6: bool,
-    maglev_size: u32,
-}
-
-/// What a load makes.
-struct Loaded {
-    generation: u64,
-    /// Behind a lock, because loading takes longer than a handler may: it happens on another thread, for which the
-    /// handler waits.
-    datapath: Arc<Mutex<Datapath>>,
-    store: Arc<dyn MapStore>,
-    /// The programs are verified, and hang at the cgroup.
-    programs: bool,
-}
-
-impl Loaded {
-    fn datapath(&self) -> MutexGuard<'_, Datapath> {
-        lock(&self.datapath)
-    }
 }
 
 impl Actor for Loader {
@@ -196,55 +157,6 @@ impl Actor for Loader {
         self.schedule_retry(matches!(message, LoaderMsg::Retry));
         self.publish();
         Ok(())
-    }
-}
-
-/// Makes the maps, on a thread of its own: large ones take the kernel some milliseconds.
-async fn open(options: Options, acceleration: Acceleration) -> Result<Loaded, Failure> {
-    let datapath = tokio::task::spawn_blocking(move || {
-        ensure_bpffs(&options.bpf_root).with_context(|| format!("mount bpffs at {}", options.bpf_root.display()))?;
-        let load = LoadOptions {
-            max_entries: options.sizes,
-            ipv6: options.ipv6,
-            maglev_size: options.maglev_size,
-            acceleration,
-            ..LoadOptions::new(&options.bpf_root)
-        };
-        anyhow::Ok(Datapath::open(&load)?)
-    })
-    .await??;
-    let generation = GENERATION.fetch_add(1, Ordering::Relaxed) + 1;
-    let store = datapath.maps();
-    Ok(Loaded { generation, datapath: Arc::new(Mutex::new(datapath)), store, programs: false })
-}
-
-impl Loaded {
-    /// Loads the programs, and attaches those of sockets, on a thread of its own: the verifier takes a good part of a
-    /// second.
-    async fn load_programs(&mut self, cgroup: Option<PathBuf>) -> Result<(), Failure> {
-        let datapath = self.datapath.clone();
-        tokio::task::spawn_blocking(move || {
-            let mut datapath = lock(&datapath);
-            datapath.load_programs();
-            if let Some(cgroup) = &cgroup {
-                datapath.attach_cgroup(cgroup);
-            }
-        })
-        .await?;
-        self.programs = true;
-        Ok(())
-    }
-}
-
-impl From<&Config> for Options {
-    fn from(config: &Config) -> Self {
-        let (sizes, tight) = config.services.sizes.resolve(machine::memory());
-        let sizes = MapSizes { fragments: config.services.fragments_max, ..MapSizes::from(sizes) };
-        let set = Some(config.paths.cgroup_root.clone()).filter(|path| !path.as_os_str().is_empty());
-        let cgroup = config.services.socket_lb().then(|| set.or_else(cgroup2_root)).flatten();
-        let ipv6 = config.families.ipv6;
-        let maglev_size = config.services.maglev_table_size;
-        Self { bpf_root: config.paths.bpf_root.clone(), sizes, tight, cgroup, ipv6, maglev_size }
     }
 }
 
@@ -450,37 +362,7 @@ impl Loader {
     }
 }
 
-/// Whether drivers run a program too.
-fn acceleration(config: &Config) -> Acceleration {
-    match config.services.acceleration {
-        config::Acceleration::Disabled => Acceleration::Disabled,
-        config::Acceleration::Native => Acceleration::Native,
-        config::Acceleration::BestEffort => Acceleration::BestEffort,
-    }
-}
-
 /// The seed that all nodes share.
 fn seed(config: &Config) -> HashSeed {
     HashSeed::from_bytes(config.services.maglev_seed.bytes)
-}
-
-/// What the programs need to know of a device: its MAC and the addresses that translated packets may carry.
-fn device_value(device: &Device) -> DeviceValue {
-    let global = |v6: &std::net::Ipv6Addr| !v6.is_loopback() && v6.segments()[0] & 0xffc0 != 0xfe80;
-    let addresses = || device.addresses.iter().map(|net| net.addr());
-    let ipv4 = addresses().find_map(|ip| match ip {
-        IpAddr::V4(v4) => Some(Addr::from(v4).v4_raw()),
-        IpAddr::V6(_) => None,
-    });
-    let ipv6 = addresses().find_map(|ip| match ip {
-        IpAddr::V6(v6) if global(&v6) => Some(Addr::from(v6)),
-        _ => None,
-    });
-    let mac = device.mac.filter(|_| !device.is_loopback);
-    DeviceValue {
-        mac: mac.unwrap_or_default(),
-        flags: if mac.is_some() { DEVICE_ETHERNET } else { 0 },
-        ipv4: ipv4.unwrap_or_default(),
-        ipv6: ipv6.unwrap_or_default(),
-    }
 }

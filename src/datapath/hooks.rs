@@ -15,7 +15,8 @@ use aya::programs::{ProgramError, SchedClassifier, Xdp};
 use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
 use super::device::{has_ethernet_header, is_veth};
-use super::loader::{Acceleration, AttachMode, Datapath};
+use super::loader::Datapath;
+use super::options::{Acceleration, AttachMode};
 
 /// The program of drivers.
 pub(super) const XDP: &str = "cil_xdp_entry";

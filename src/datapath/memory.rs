@@ -12,7 +12,7 @@ use kinesin_core::plan::{Actual, Op};
 
 use super::collect::{self, Collected, Flows};
 use super::kernel::{maglev_bytes, maglev_ids, read_ranges};
-use super::loader::MapSizes;
+use super::options::MapSizes;
 use super::{
     ApplyError, LISTED, MapError, MapStore, RawEntry, TABLES, TableError, TableUsage, bytes_of, describe, dump,
     from_bytes, hint, table_name, table_of,

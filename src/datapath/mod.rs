@@ -19,6 +19,7 @@ mod loader;
 mod meaning;
 mod memory;
 mod moving;
+mod options;
 mod pin;
 mod resize;
 mod sys;
@@ -38,10 +39,11 @@ pub use collect::Collected;
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub(crate) use kernel::maglev_ids;
-pub use loader::{Acceleration, AttachMode, Datapath, LoadError, LoadOptions, MapSizes, OBJECT};
+pub use loader::{Datapath, OBJECT};
 pub use meaning::meaning_rows;
 pub use memory::MemoryMaps;
 pub use moving::Moving;
+pub use options::{Acceleration, AttachMode, LoadError, LoadOptions, MapSizes};
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.

@@ -21,9 +21,9 @@ use kinesin_abi::{
 
 use crate::{
     family::{Family, V4},
-    flows,
     frame::Frame,
     lookup::{self, Chosen},
+    opening,
     option::{self, Carrier},
     packet::{Packet, link},
     skb::{ETHERNET, Skb},
@@ -109,12 +109,12 @@ pub fn begin<F: Wrapper + Carrier>(
         if !option::has_room::<F>(packet) {
             return Ok(None);
         }
-        flows::hand_on(&packet.flow, backend, id, FLOW_REDIRECT)?;
+        opening::hand_on(&packet.flow, backend, id, FLOW_REDIRECT)?;
         return Ok(Some(option::to_backend(backend.addr, backend.port)));
     }
     let verdict = go::<F>(skb, peer)?;
     if verdict.is_some() {
-        flows::hand_on(&packet.flow, backend, id, 0)?;
+        opening::hand_on(&packet.flow, backend, id, 0)?;
     }
     Ok(verdict)
 }

@@ -8,8 +8,8 @@ use kinesin_abi::{
 use crate::{
     affinity, arp, dispatch,
     family::{Family, V4, V6},
-    flows::{self, Opening},
-    fragments, icmp, lookup, ndp,
+    flows, fragments, icmp, lookup, ndp,
+    opening::{self, Opening},
     option::{self, Carrier},
     packet::{Packet, Unparsed},
     reject::{self, Reporter},
@@ -244,7 +244,7 @@ fn begin<F: Wrapper + Carrier>(
         route = route::find::<F>(skb, packet.flow.src, backend.addr, packet.flow.proto, packet.wire_len(skb))?;
         source = lookup::source_address::<F>(route.ifindex, skb.ifindex()).ok_or(DropReason::NoNatMapping)?;
     }
-    let sport = flows::open::<F>(skb, &Opening { packet, backend, id, source, redirect })?;
+    let sport = opening::open::<F>(skb, &Opening { packet, backend, id, source, redirect })?;
     let to = Tuple { src: source, dst: backend.addr, sport, dport: backend.port };
     rewrite::translate::<F>(skb, packet, &to, redirect)?;
     if redirect { Ok(Verdict::Sent(route::send::<F>(skb, &route))) } else { Ok(Verdict::TRANSLATED) }

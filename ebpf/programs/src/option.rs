@@ -20,10 +20,9 @@ use kinesin_abi::{Addr, Be16, Direction, DropReason, FrontendValue, PeerKey, pro
 
 use crate::{
     family::{Family, V4, V6},
-    flows,
     frame::Frame,
     ingress::REPORT,
-    lookup,
+    lookup, opening,
     packet::{self, Packet, TCP_SYN, ipv4},
     rewrite::{self, Tuple, add, fold},
     route,
@@ -145,7 +144,7 @@ fn note<F: Carrier>(skb: Skb) -> u32 {
     let Some(frontend) = frontend::<F>(&service, packet.flow.proto) else { return 0 };
     let (base, count) = (frontend.external.base, frontend.external.count);
     let (addr, port) = (service.0, service.1.raw() as u32);
-    if lookup::local_member(base, count) == 0 || flows::learn(&packet.flow, &addr, port, packet.member) == 0 {
+    if lookup::local_member(base, count) == 0 || opening::learn(&packet.flow, &addr, port, packet.member) == 0 {
         return 0;
     }
     F::remove(skb, packet).is_ok() as u32
