@@ -58,7 +58,7 @@ async fn r48_a_program_that_somebody_takes_off_its_hook_comes_back() {
     assert_eq!(rig.metric(owner, "kinesin_hook_repairs_total").await, 0.0);
     let links = links_dir(&rig.lab.node(owner).bpf_root());
     let pins: Vec<_> = std::fs::read_dir(&links).unwrap().flatten().map(|pin| pin.path()).collect();
-    assert_eq!(pins.len(), 10, "two of the device, eight of sockets: {pins:?}");
+    assert_eq!(pins.len(), 12, "two of the device, ten of sockets: {pins:?}");
     pins.iter().for_each(|pin| bpf::detach_link(pin));
     eventually("they are repaired, and counted", async || {
         rig.metric(owner, "kinesin_hook_repairs_total").await >= pins.len() as f64
