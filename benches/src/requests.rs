@@ -145,8 +145,10 @@ pub(crate) fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])
 fn wait_neighbours(cluster: &Cluster, entry: &AgentHandle) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let (_, text) = cluster.runtime.block_on(entry.get("/v1/status"))?;
-        let mode = serde_json::from_str::<Value>(&text)?["kubeProxyReplacement"]["mode"].as_str().map(str::to_owned);
+        // Until its socket is there, it does not answer at all.
+        let answer = cluster.runtime.block_on(entry.get("/v1/status"));
+        let status = answer.ok().and_then(|(_, text)| serde_json::from_str::<Value>(&text).ok()).unwrap_or_default();
+        let mode = status["kubeProxyReplacement"]["mode"].as_str().map(str::to_owned);
         if mode.as_ref().is_some_and(|mode| mode.contains("L2 to 1 of 1")) {
             return Ok(());
         }
