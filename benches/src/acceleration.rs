@@ -25,9 +25,6 @@ use crate::rig::{CLIENT, LAN, REMOTE_POD, Rig, TO_REMOTE, VIP, backend, frontend
 use crate::traffic::{compare, keep_alive, new_connections};
 
 const CALLS: usize = 4_000;
-/// The kernel's `TCP_TIMEWAIT_LEN`: ports that come again before it has passed are refused now and then (PAWS), each time for
-/// a second, whoever balances.
-const TIME_WAIT: Duration = Duration::from_secs(60);
 const INGRESS: &str = "cil_from_netdev";
 const TAG: u32 = 0xabcdef;
 const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
@@ -120,7 +117,7 @@ fn requests() -> anyhow::Result<()> {
             let sent = accelerated(&cluster, &agents[0])? - before;
             line("packets sent by the driver", &[("in all", sent.to_string())]);
             ensure!((sent > 0) == (acceleration == "native"), "{sent} packets with acceleration {acceleration}");
-            pause = Instant::now() + TIME_WAIT;
+            pause = Instant::now() + crate::traffic::TIME_WAIT;
             for (agent, node) in agents.into_iter().zip(cluster.lab.nodes()) {
                 cluster.runtime.block_on(agent.stop());
                 detach_all(&node.bpf_root())?;

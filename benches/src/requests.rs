@@ -20,7 +20,9 @@ use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, pause, send};
 use crate::goals;
 use crate::kube_proxy::{self, KubeProxy};
 use crate::report::{heading, line};
-use crate::traffic::{PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, compare, keep_alive, new_connections, pin};
+use crate::traffic::{
+    PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, TIME_WAIT, compare, keep_alive, new_connections, pin,
+};
 
 /// Addresses that nobody has to answer for: the client has routes to them.
 pub(crate) const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
@@ -68,6 +70,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         for node in cluster.lab.nodes().iter().take(nodes) {
             detach_all(&node.bpf_root())?;
         }
+        pause(TIME_WAIT);
     }
     for mode in kube_proxy::MODES {
         heading(&format!("Through a service's address, over the pod itself: kube-proxy, {mode}"));
@@ -80,6 +83,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         wait_served(&cluster, || "kube-proxy".into())?;
         columns.push((format!("kube-proxy, {mode}"), measure(&cluster, &pods, &sinks)?));
         proxy.stop(&cluster)?;
+        pause(TIME_WAIT);
     }
     summary(&columns);
     drop(sinks);

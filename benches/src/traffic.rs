@@ -14,6 +14,10 @@ use nix::unistd::Pid;
 
 use crate::report::{line, median, quantile};
 
+/// The kernel's `TCP_TIMEWAIT_LEN`: ports that come again before it has passed are refused now and then (PAWS), each time for
+/// a second, whoever balances.
+pub(crate) const TIME_WAIT: Duration = Duration::from_secs(60);
+
 /// Where a pod swallows bytes over TCP, and datagrams over UDP.
 pub(crate) const SINK_PORT: u16 = 5_001;
 
