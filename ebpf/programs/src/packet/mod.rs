@@ -66,6 +66,8 @@ pub struct Packet {
     pub outer: Outer,
     /// Of IPv6: the option, while it is added.
     pub option: Option6,
+    /// Bounds of a search; see `dispatch`.
+    pub bounds: [u32; 2],
     /// Identification of a fragment, as loaded.
     pub fragment: u32,
     /// Of IPv6: where extension headers end, of the packet or of what it quotes.
