@@ -57,8 +57,12 @@ fn every_program_passes_this_kernels_verifier_and_stays_far_from_its_limit() {
             println!("| `{name}` | {} | {bytes} | {} | {verified} |", bytes / 8, info.size_jitted());
             most = most.max(verified);
         }
-        // The limit is a million; older kernels prune less than newer ones. Handing packets on costs a third of it.
-        assert!(most < 200_000, "{most}");
+        // The kernel's limit is a million. Handing packets on costs a third of it; older kernels follow each chain of
+        // extension headers of IPv6 to the end of the program, three times as far in all.
+        let major_minor = release.split(['.', '-']).take(2).map(|part| part.parse::<u32>().unwrap_or(0));
+        let is_new = major_minor.collect::<Vec<_>>() >= vec![6, 8];
+        let enough = if is_new { 200_000 } else { 700_000 };
+        assert!(most < enough, "{most}");
     });
 }
 
