@@ -20,6 +20,14 @@ pub struct FlowKey {
     pub pad: [u8; 3],
 }
 
+impl FlowKey {
+    /// The tuple of packets the other way.
+    #[inline(always)]
+    pub const fn reversed(&self) -> Self {
+        Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*self }
+    }
+}
+
 /// What the tuple of [`FlowKey`] is rewritten to. Each connection has two entries, one per direction, so that one lookup
 /// and one rewrite serve client packets and replies alike.
 #[repr(C)]
@@ -81,7 +89,7 @@ impl FlowValue {
     #[inline(always)]
     pub const fn partner_key(&self, key: &FlowKey) -> FlowKey {
         if self.flags & FLOW_DIRECT != 0 {
-            return FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..*key };
+            return key.reversed();
         }
         self.translated_key(key)
     }

@@ -12,7 +12,7 @@
 //! Deliberately absent: dropping; packets for this node's own pods, which the stack delivers.
 
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, xdp_action},
+    bindings::{BPF_FIB_LKUP_RET_SUCCESS, xdp_action},
     helpers::generated as h,
 };
 use kinesin_abi::{
@@ -28,6 +28,7 @@ use crate::{
     lookup, option,
     packet::{self, Packet, link},
     rewrite::{self, Tuple, add, fold},
+    route,
     skb::ETHERNET,
     xdp::Xdp,
 };
@@ -120,19 +121,8 @@ fn redirect<F: Family>(xdp: Xdp, packet: &Packet, flow: &FlowValue) -> Option<u3
         return None;
     }
     let query = lookup::route_query()?;
-    query.family = F::AF;
-    query.l4_protocol = packet.flow.proto;
-    query.__bindgen_anon_1.tot_len = packet.ip_len;
     query.ifindex = xdp.ifindex();
-    if F::AF == V4::AF {
-        query.__bindgen_anon_3.ipv4_src = flow.src.v4_raw();
-        query.__bindgen_anon_4.ipv4_dst = flow.dst.v4_raw();
-    } else {
-        query.__bindgen_anon_3.ipv6_src = flow.src.words;
-        query.__bindgen_anon_4.ipv6_dst = flow.dst.words;
-    }
-    // SAFETY: the structure outlives the call.
-    let code = unsafe { h::bpf_fib_lookup(xdp.as_ptr().cast(), query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
+    let code = route::ask::<F>(xdp.as_ptr().cast(), query, &flow.src, &flow.dst, packet.flow.proto, packet.ip_len);
     let out = query.ifindex;
     if code != BPF_FIB_LKUP_RET_SUCCESS {
         return None;

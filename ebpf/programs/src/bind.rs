@@ -8,17 +8,10 @@ use kinesin_abi::{Addr, Be16, FrontendKind, SETTING_PROTECT_NODE_PORTS, frontend
 
 use crate::{
     lookup,
-    sock::{ALLOW, DENY, any_address, on_the_node},
+    sock::{ALLOW, DENY, any_address, on_the_node, read},
 };
 
 type Context = *mut bpf_sock;
-
-macro_rules! read {
-    ($ctx:expr, $($field:tt)+) => {
-        // SAFETY: the program's context. Volatile: one field at a time, as the verifier demands.
-        unsafe { (&raw const (*$ctx).$($field)+).read_volatile() }
-    };
-}
 
 /// Refuses a NodePort to an IPv4 socket, with EPERM.
 #[inline(always)]

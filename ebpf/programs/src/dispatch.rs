@@ -50,13 +50,10 @@ pub fn is_handed_on<F: Family>(skb: Skb, link: u32, packet: &Packet) -> bool {
 /// The NodePort that a packet to a peer's own address was handed on for.
 #[inline(always)]
 pub fn node_port_of_peer<F: Family>(skb: Skb, link: u32, flow: &FlowKey) -> Option<&'static FrontendValue> {
-    let settings = lookup::settings()?;
-    let port = flow.dport.get();
-    if port < settings.node_port_min || port > settings.node_port_max || is_to_sender::<F>(skb, link) == 0 {
+    if !lookup::is_node_port(flow.dport) || is_to_sender::<F>(skb, link) == 0 {
         return None;
     }
-    let any = if F::AF == V4::AF { Addr::from_v4_raw(0) } else { Addr::UNSPECIFIED };
-    lookup::frontend_exact(any, flow.dport, flow.proto)
+    lookup::node_port::<F>(flow.dport, flow.proto)
 }
 
 /// Whether the packet is to the address of the peer that has sent it to us; 1 if so.

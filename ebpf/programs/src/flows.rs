@@ -227,18 +227,12 @@ fn note(key: &FlowKey, flow: &mut FlowValue, seen: u8, now: u64) {
 #[inline(never)]
 fn restore_direct(key: &FlowKey, flow: &FlowValue) -> u32 {
     let Some(packet) = lookup::scratch() else { return 0 };
-    packet.quoted = reversed(key);
+    packet.quoted = key.reversed();
     let value = direct_partner(flow);
     keep(&packet.quoted, &value, 0)
 }
 
-/// The key of the other direction of a connection that was learned.
-#[inline(always)]
-pub fn reversed(key: &FlowKey) -> FlowKey {
-    FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..*key }
-}
-
-/// And its entry.
+/// The entry of the other direction of a connection that was learned.
 #[inline(always)]
 pub fn direct_partner(flow: &FlowValue) -> FlowValue {
     FlowValue {

@@ -8,7 +8,7 @@ use kinesin_abi::{
     SourceRange, drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
 };
 
-use crate::family::Family;
+use crate::family::{Family, V4};
 use crate::maps::{
     BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
@@ -37,6 +37,20 @@ pub fn frontend_exact(addr: Addr, port: Be16, protocol: u8) -> Option<&'static F
     let key = FrontendKey { addr, port, proto: protocol, pad: 0 };
     // SAFETY: read-only use before anything else writes to this map in the program.
     unsafe { FRONTENDS.get(&key) }
+}
+
+/// Whether a port is of those that NodePorts come from.
+#[inline(always)]
+pub fn is_node_port(port: Be16) -> bool {
+    let port = port.get();
+    settings().is_some_and(|settings| port >= settings.node_port_min && port <= settings.node_port_max)
+}
+
+/// The NodePort that all addresses of this node have at this port and protocol.
+#[inline(always)]
+pub fn node_port<F: Family>(port: Be16, protocol: u8) -> Option<&'static FrontendValue> {
+    let any = if F::AF == V4::AF { Addr::from_v4_raw(0) } else { Addr::UNSPECIFIED };
+    frontend_exact(any, port, protocol)
 }
 
 /// Whether all ports of the address are ours, so that what no service wants is dropped here.

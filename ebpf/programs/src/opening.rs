@@ -10,7 +10,7 @@ use kinesin_abi::{
 
 use crate::{
     family::Family,
-    flows::{ABSENT, MOVING, SECOND, SETTLED, count, direct_partner, fetch, partner, reversed},
+    flows::{ABSENT, MOVING, SECOND, SETTLED, count, direct_partner, fetch, partner},
     local, lookup,
     maps::{FLOW, FLOWS, FLOWS_OLD, TRANSIENT, TRANSIENT_OLD},
     packet::Packet,
@@ -71,7 +71,7 @@ fn write_partner(key: &FlowKey, flow: &FlowValue) -> u32 {
     let value = direct_partner(flow);
     // Where there is room: see `Packet::quoted`.
     let Some(packet) = lookup::scratch() else { return 0 };
-    packet.quoted = reversed(key);
+    packet.quoted = key.reversed();
     (write(&packet.quoted, &value, 1) == TAKEN) as u32
 }
 
@@ -257,8 +257,7 @@ fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32
     if reply.last_seen.saturating_sub(holder.last_seen) <= quiet {
         return 0;
     }
-    // The client may be the only one who talks.
-    // One that was learned has its partner elsewhere, which is taken for silent.
+    // The client may be the only one who talks. One that was learned has its partner elsewhere, which is taken for silent.
     holder.write_translated_key(key, &mut packet.quoted);
     (lookup::now().saturating_sub(last_seen(&packet.quoted)) > quiet) as u32
 }

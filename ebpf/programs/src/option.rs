@@ -167,34 +167,21 @@ fn frontend<F: Family>(service: &(Addr, Be16), protocol: u8) -> Option<&'static 
         return Some(frontend);
     }
     lookup::peer(&PeerKey::of_addr(&service.0))?;
-    let settings = lookup::settings()?;
-    let port = service.1.get();
-    if port < settings.node_port_min || port > settings.node_port_max {
+    if !lookup::is_node_port(service.1) {
         return None;
     }
-    let any = if F::AF == V4::AF { Addr::from_v4_raw(0) } else { Addr::UNSPECIFIED };
-    lookup::frontend_exact(any, service.1, protocol)
+    lookup::node_port::<F>(service.1, protocol)
 }
 
-/// The checksum of an IPv4 header whose own is taken for zero.
-#[inline(always)]
-fn header_check(ip: &ipv4::Header) -> u16 {
-    let mut sum = add(ip.src, ip.dst);
-    sum = add(sum, u16::from_ne_bytes([ip.version_ihl, ip.tos]) as u32 + ip.len as u32);
-    sum = add(sum, ip.id as u32 + ip.fragment as u32);
-    !fold(add(sum, u16::from_ne_bytes([ip.ttl, ip.proto]) as u32))
-}
-
-/// Writes an IPv4 header again with another length.
+/// Writes an IPv4 header again with another length, and what its option adds to its sum.
 #[inline(always)]
 fn rewrite_header(skb: Skb, packet: &mut Packet, words: u8, grown: u16, option: u32) -> Result<(), DropReason> {
     let l3 = packet.l3 & 0xf;
-    let Some(ip) = packet::header::<ipv4::Header>(skb, l3) else { return Err(DropReason::WriteError) };
+    let Some(ip) = packet::at::<ipv4::Header>(skb, l3) else { return Err(DropReason::WriteError) };
     let mut ip = *ip;
     ip.version_ihl = 0x40 | words;
     ip.len = packet.ip_len.wrapping_add(grown).to_be();
-    // What an option adds to the sum.
-    ip.check = !fold(add(!(header_check(&ip) as u32) & 0xffff, option));
+    ip.check = !fold(add(ip.sum(), option));
     skb.store_and_sum(l3, &ip)
 }
 
@@ -220,7 +207,7 @@ impl Carrier for V4 {
 
     #[inline(always)]
     fn read(skb: Skb, packet: &Packet) -> Option<(Addr, Be16)> {
-        let option = packet::header::<Option4>(skb, (packet.l3 & 0xf) + Self::PLAIN)?;
+        let option = packet::at::<Option4>(skb, (packet.l3 & 0xf) + Self::PLAIN)?;
         let ([a, b], [c, d]) = (option.addr[0].to_ne_bytes(), option.addr[1].to_ne_bytes());
         let addr = Addr::from_v4_raw(u32::from_ne_bytes([a, b, c, d]));
         (option.kind_len == u16::from_ne_bytes([KIND, 8])).then_some((addr, option.port))
@@ -232,10 +219,6 @@ impl Carrier for V4 {
         rewrite_header(skb, packet, 5, Self::LEN.wrapping_neg(), 0)
     }
 }
-
-/// Offset of the payload length in the IPv6 header; the next header follows it.
-const PAYLOAD: u32 = 4;
-const NEXT: u32 = 6;
 
 impl Carrier for V6 {
     const LEN: u16 = 24;
@@ -260,25 +243,19 @@ impl Carrier for V6 {
         };
         skb.adjust_options(Self::LEN as i32)?;
         skb.store_and_sum(l3 + Self::PLAIN, &packet.option)?;
-        let len = u16::from_be(packet.payload).wrapping_add(Self::LEN).to_be();
-        skb.store_and_sum(l3 + PAYLOAD, &len)?;
-        skb.store_and_sum(l3 + NEXT, &[DESTINATION, packet.ttl.wrapping_sub(1)])
+        rewrite::payload6(skb, packet, Self::LEN, [DESTINATION, packet.ttl.wrapping_sub(1)])
     }
 
     #[inline(always)]
     fn read(skb: Skb, packet: &Packet) -> Option<(Addr, Be16)> {
-        let option = packet::header::<Option6>(skb, (packet.l3 & 0xf) + Self::PLAIN)?;
+        let option = packet::at::<Option6>(skb, (packet.l3 & 0xf) + Self::PLAIN)?;
         let is = option.len == 2 && option.kind == KIND6 && option.option_len == 20;
         is.then_some((option.addr, option.port))
     }
 
     #[inline(always)]
     fn remove(skb: Skb, packet: &mut Packet) -> Result<(), DropReason> {
-        let l3 = packet.l3 & 0xf;
-        let next = packet.flow.proto;
         skb.adjust_options(-(Self::LEN as i32))?;
-        let len = u16::from_be(packet.payload).wrapping_sub(Self::LEN).to_be();
-        skb.store_and_sum(l3 + PAYLOAD, &len)?;
-        skb.store_and_sum(l3 + NEXT, &[next, packet.ttl])
+        rewrite::payload6(skb, packet, Self::LEN.wrapping_neg(), [packet.flow.proto, packet.ttl])
     }
 }

@@ -1,5 +1,7 @@
 //! Where a translated packet leaves the node when it does not pass the host's stack.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
@@ -27,15 +29,20 @@ impl Route {
     pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
 }
 
-/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one. Where
-/// the packet does not fit, that is the error, and `Packet::mtu` says what does.
+/// Asks the kernel's routing tables, by whichever hook's context, for the way of an IP packet from the query's device;
+/// returns their code.
 #[inline(always)]
-pub fn find<F: Family>(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
-    let query = lookup::route_query().ok_or(DropReason::FibLookupFailed)?;
+pub fn ask<F: Family>(
+    context: *mut c_void,
+    query: &mut bpf_fib_lookup,
+    src: &Addr,
+    dst: &Addr,
+    protocol: u8,
+    len: u16,
+) -> u32 {
     query.family = F::AF;
     query.l4_protocol = protocol;
     query.__bindgen_anon_1.tot_len = len;
-    query.ifindex = skb.ifindex();
     if F::AF == V4::AF {
         query.__bindgen_anon_3.ipv4_src = src.v4_raw();
         query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();
@@ -44,7 +51,16 @@ pub fn find<F: Family>(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -
         query.__bindgen_anon_4.ipv6_dst = dst.words;
     }
     // SAFETY: the structure outlives the call.
-    let code = unsafe { h::bpf_fib_lookup(skb.as_ptr().cast(), query, size_of::<bpf_fib_lookup>() as i32, 0) } as u32;
+    unsafe { h::bpf_fib_lookup(context, query, size_of::<bpf_fib_lookup>() as i32, 0) as u32 }
+}
+
+/// Asks the kernel's routing tables for the way of an IP packet of `len` bytes; merged segments count one by one. Where
+/// the packet does not fit, that is the error, and `Packet::mtu` says what does.
+#[inline(always)]
+pub fn find<F: Family>(skb: Skb, src: Addr, dst: Addr, protocol: u8, len: u16) -> Result<Route, DropReason> {
+    let query = lookup::route_query().ok_or(DropReason::FibLookupFailed)?;
+    query.ifindex = skb.ifindex();
+    let code = ask::<F>(skb.as_ptr().cast(), query, &src, &dst, protocol, len);
     // SAFETY: all members of the union are integers; IPv4 uses the first word.
     let hop = unsafe { query.__bindgen_anon_4.ipv6_dst };
     match code {

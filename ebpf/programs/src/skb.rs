@@ -114,12 +114,17 @@ impl Skb {
         if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
     }
 
+    #[inline(always)]
+    fn adjust_room(self, len: i32, mode: u32, flags: u64) -> Result<(), DropReason> {
+        // SAFETY: the context is valid.
+        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, mode, flags) };
+        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+    }
+
     /// Inserts `len` zero bytes behind a link-layer header of any length.
     #[inline(always)]
     pub fn insert_after_link_header(self, len: i32) -> Result<(), DropReason> {
-        // SAFETY: the context is valid.
-        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_MAC, 0) };
-        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+        self.adjust_room(len, ADJ_ROOM_MAC, 0)
     }
 
     /// Makes room for an outer IP header of `len` bytes behind the link-layer header. What is segmented later is segmented
@@ -128,25 +133,19 @@ impl Skb {
     pub fn wrap(self, len: i32, v4: bool) -> Result<(), DropReason> {
         let outer = if v4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
         let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | outer) as u64;
-        // SAFETY: the context is valid.
-        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_MAC, flags) };
-        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+        self.adjust_room(len, ADJ_ROOM_MAC, flags)
     }
 
     /// Removes an outer IP header of `len` bytes; the old data pointers are void after it.
     #[inline(always)]
     pub fn unwrap(self, len: i32) -> Result<(), DropReason> {
-        // SAFETY: the context is valid.
-        let ret = unsafe { h::bpf_skb_adjust_room(self.0, -len, ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64) };
-        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+        self.adjust_room(-len, ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
     }
 
     /// Inserts or removes so many bytes behind an IP header without options, in each segment of what is segmented later.
     #[inline(always)]
     pub fn adjust_options(self, len: i32) -> Result<(), DropReason> {
-        // SAFETY: the context is valid.
-        let ret = unsafe { h::bpf_skb_adjust_room(self.0, len, ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO as u64) };
-        if ret == 0 { Ok(()) } else { Err(DropReason::WriteError) }
+        self.adjust_room(len, ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
     }
 
     /// Cuts or grows the packet to `len` bytes.

@@ -36,6 +36,8 @@ macro_rules! read {
         unsafe { (&raw const (*$ctx).$($field)+).read_volatile() }
     };
 }
+pub(crate) use read;
+
 macro_rules! write {
     ($ctx:expr, $($field:ident)+ $([$index:literal])?, $value:expr) => {
         // SAFETY: as for reading.

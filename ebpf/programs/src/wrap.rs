@@ -22,7 +22,7 @@ use crate::{
     frame::Frame,
     lookup,
     packet::{self, Packet, ipv4, ipv6},
-    rewrite::{add, fold},
+    rewrite::fold,
     route,
     skb::Skb,
 };
@@ -123,12 +123,12 @@ impl Wrapper for V4 {
     #[inline(always)]
     fn protocol(skb: Skb, l3: u32) -> u8 {
         packet::linearize(skb);
-        packet::header::<ipv4::Header>(skb, l3).map_or(0, |ip| ip.proto)
+        packet::at::<ipv4::Header>(skb, l3).map_or(0, |ip| ip.proto)
     }
 
     #[inline(always)]
     fn ends(skb: Skb, l3: u32) -> Option<(Addr, Addr)> {
-        let ip = packet::header::<ipv4::Header>(skb, l3)?;
+        let ip = packet::at::<ipv4::Header>(skb, l3)?;
         let plain = ip.version_ihl == 0x45 && ip.fragment & FRAGMENTED == 0;
         plain.then(|| (Addr::from_v4_raw(ip.src), Addr::from_v4_raw(ip.dst)))
     }
@@ -141,7 +141,7 @@ impl Wrapper for V4 {
     #[inline(always)]
     fn write(skb: Skb, packet: &mut Packet, src: &Addr, dst: &Addr) -> Result<(), DropReason> {
         let l3 = packet.l3 & 0xf;
-        let tos = packet::header::<ipv4::Header>(skb, l3 + 20).map_or(0, |ip| ip.tos) & !CONGESTION;
+        let tos = packet::at::<ipv4::Header>(skb, l3 + 20).map_or(0, |ip| ip.tos) & !CONGESTION;
         let mut outer = ipv4::Header {
             version_ihl: 0x45,
             tos,
@@ -154,10 +154,7 @@ impl Wrapper for V4 {
             src: src.v4_raw(),
             dst: dst.v4_raw(),
         };
-        let mut sum = add(outer.src, outer.dst);
-        sum = add(sum, u16::from_ne_bytes([0x45, tos]) as u32 + outer.len as u32);
-        sum = add(sum, DONT_FRAGMENT as u32 + u16::from_ne_bytes([TTL, Self::INSIDE]) as u32);
-        outer.check = !fold(sum);
+        outer.check = !fold(outer.sum());
         packet.outer.v4 = outer;
         // SAFETY: just written; integers.
         skb.store(l3, unsafe { &packet.outer.v4 })
@@ -171,12 +168,12 @@ impl Wrapper for V6 {
     #[inline(always)]
     fn protocol(skb: Skb, l3: u32) -> u8 {
         packet::linearize(skb);
-        packet::header::<ipv6::Header>(skb, l3).map_or(0, |ip| ip.next)
+        packet::at::<ipv6::Header>(skb, l3).map_or(0, |ip| ip.next)
     }
 
     #[inline(always)]
     fn ends(skb: Skb, l3: u32) -> Option<(Addr, Addr)> {
-        let ip = packet::header::<ipv6::Header>(skb, l3)?;
+        let ip = packet::at::<ipv6::Header>(skb, l3)?;
         let plain = ip.version_class_label.to_ne_bytes()[0] >> 4 == 6;
         plain.then_some((Addr { words: ip.src }, Addr { words: ip.dst }))
     }
@@ -189,7 +186,7 @@ impl Wrapper for V6 {
     #[inline(always)]
     fn write(skb: Skb, packet: &mut Packet, src: &Addr, dst: &Addr) -> Result<(), DropReason> {
         let l3 = packet.l3 & 0xf;
-        let first = packet::header::<ipv6::Header>(skb, l3 + 40).map_or(ipv6::VERSION, |ip| ip.version_class_label);
+        let first = packet::at::<ipv6::Header>(skb, l3 + 40).map_or(ipv6::VERSION, |ip| ip.version_class_label);
         packet.outer.v6 = ipv6::Header {
             version_class_label: first & !CONGESTION6,
             payload: packet.ip_len.to_be(),

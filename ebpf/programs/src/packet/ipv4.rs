@@ -7,6 +7,7 @@ use crate::{
     family::{Family, V4},
     fragments::LATER,
     frame::Frame,
+    rewrite::add,
     skb::Skb,
 };
 
@@ -28,6 +29,17 @@ pub struct Header {
     pub check: u16,
     pub src: u32,
     pub dst: u32,
+}
+
+impl Header {
+    /// The sum of a header without options whose checksum is zero, whatever that is now.
+    #[inline(always)]
+    pub fn sum(&self) -> u32 {
+        let sum = add(self.src, self.dst);
+        let sum = add(sum, u16::from_ne_bytes([self.version_ihl, self.tos]) as u32 + self.len as u32);
+        let sum = add(sum, self.id as u32 + self.fragment as u32);
+        add(sum, u16::from_ne_bytes([self.ttl, self.proto]) as u32)
+    }
 }
 
 /// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.

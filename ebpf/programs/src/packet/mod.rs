@@ -106,21 +106,15 @@ pub enum Unparsed {
     Extension = DropReason::Extension as u8,
 }
 
-/// A reference to a header inside the packet, if the packet reaches that far.
+/// A reference to a header inside a packet that [`linearize`] has been called for, if the packet reaches that far.
 #[inline(always)]
-fn at<'a, T>(skb: impl Frame, offset: u32) -> Option<&'a T> {
+pub fn at<'a, T>(skb: impl Frame, offset: u32) -> Option<&'a T> {
     let start = skb.data() + offset as usize;
     if start + size_of::<T>() > skb.data_end() {
         return None;
     }
     // SAFETY: within the packet as just checked, in the form that the verifier follows.
     Some(unsafe { &*(start as *const T) })
-}
-
-/// Reads a header, of a packet that [`linearize`] has been called for.
-#[inline(always)]
-pub fn header<'a, T>(skb: Skb, offset: u32) -> Option<&'a T> {
-    at(skb, offset)
 }
 
 /// Makes the headers directly readable where they are in the skb's fragments.
