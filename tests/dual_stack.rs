@@ -162,13 +162,9 @@ async fn owner(agents: &[AgentHandle], address: IpAddr) -> Option<usize> {
     None
 }
 
-/// Two nodes with an agent and a pod each, which all serve both families.
-async fn dual_stack(name: &str) -> (Lab, Vec<AgentHandle>) {
-    let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
-    let lab = builder.nodes(2).pods_per_node(1).build().await.unwrap();
-    add_ipv6(&lab);
-    std::fs::write(lab.manifests_dir().join("all.yaml"), manifests(&lab)).unwrap();
-    let options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true").config("bpf-lb-mode", "snat");
+/// The pods serve, and the agents are ready.
+async fn started(lab: &Lab) -> Vec<AgentHandle> {
+    let options = AgentOptions::on_manifests(lab).config("enable-ipv6", "true").config("bpf-lb-mode", "snat");
     let agents: Vec<_> = lab.nodes().iter().map(|node| node.start_agent(&options).unwrap()).collect();
     for pod in lab.pods() {
         pod.serve().await.unwrap();
@@ -176,6 +172,16 @@ async fn dual_stack(name: &str) -> (Lab, Vec<AgentHandle>) {
     for agent in &agents {
         agent.wait_ready(LIMIT).await.unwrap();
     }
+    agents
+}
+
+/// Two nodes with an agent and a pod each, which all serve both families.
+async fn dual_stack(name: &str) -> (Lab, Vec<AgentHandle>) {
+    let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
+    let lab = builder.nodes(2).pods_per_node(1).build().await.unwrap();
+    add_ipv6(&lab);
+    std::fs::write(lab.manifests_dir().join("all.yaml"), manifests(&lab)).unwrap();
+    let agents = started(&lab).await;
     for vip in [IpAddr::from(VIP), VIP6.into()] {
         eventually(&format!("{vip} is announced"), &agents, async || owner(&agents, vip).await.is_some()).await;
         // The first answer takes the first solicitation and the last map entry.
@@ -299,14 +305,7 @@ async fn addresses_of_ipv6_go_to_nodes_that_have_ipv6() {
     let text = manifests(&lab)
         .replace("  ipFamilyPolicy:", &format!("  externalIPs: [{}]\n  ipFamilyPolicy:", list.join(",")));
     std::fs::write(lab.manifests_dir().join("all.yaml"), text).unwrap();
-    let options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true").config("bpf-lb-mode", "snat");
-    let agents: Vec<_> = lab.nodes().iter().map(|node| node.start_agent(&options).unwrap()).collect();
-    for pod in lab.pods() {
-        pod.serve().await.unwrap();
-    }
-    for agent in &agents {
-        agent.wait_ready(LIMIT).await.unwrap();
-    }
+    let agents = started(&lab).await;
     let all_at = |number: usize| vec![Some(number); addresses.len()];
     eventually("node-1 has all of them", &agents, async || owners(&agents, &addresses).await == all_at(1)).await;
     for address in &addresses {

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kinesin_abi::{DropReason, FlowCount};
+use kinesin_abi::{Direction, DropReason, FlowCount};
 use kinesin_core::flows::ports::{Ports, pressure, problems};
 use kinesin_core::flows::{Counts, Intervals, Pace};
 use kinesin_core::services::BackendRef;
@@ -231,7 +231,6 @@ impl FlowCollector {
 
 /// New connections that were refused for want of a source port, since the maps were made.
 fn portless(store: &dyn MapStore) -> Result<u64, Failure> {
-    let drops = store.drops()?;
-    let of = drops.iter().filter(|(reason, ..)| *reason == DropReason::NoNatMapping);
-    Ok(of.map(|(_, _, counter)| counter.packets).sum())
+    let of = |direction| Ok::<_, Failure>(store.counter(DropReason::NoNatMapping as u8, direction)?.packets);
+    Ok(of(Direction::Ingress)? + of(Direction::Egress)?)
 }

@@ -30,7 +30,7 @@ use self::load::{Loaded, Options, acceleration, device_value, open};
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
-use crate::datapath::{Acceleration, HookStatus, MapSizes, update_settings};
+use crate::datapath::{Acceleration, MapSizes, update_settings};
 use crate::level::Follower;
 use crate::net::local_ports;
 use crate::supervisor::Backoff;
@@ -301,10 +301,9 @@ impl Loader {
     }
 
     /// Which devices are accelerated and which are not, with one line in the log for each change.
-    fn tell_acceleration(&mut self, hooks: &[HookStatus], unaccelerated: &[(String, String)]) {
-        let tried = hooks.iter().filter_map(|hook| Some((hook.accelerates()?.to_owned(), hook.error.clone())));
-        let without = unaccelerated.iter().map(|(device, why)| (device.clone(), Some(why.clone())));
-        let now: BTreeMap<String, Option<String>> = tried.chain(without).collect();
+    fn tell_acceleration(&mut self, maps: &MapsHandle) {
+        let drivers = maps.drivers().map(|(device, why)| (device.to_owned(), why.map(str::to_owned)));
+        let now: BTreeMap<String, Option<String>> = drivers.collect();
         for (device, why) in now.iter().filter(|(device, why)| self.accelerated.get(*device) != Some(why)) {
             match why {
                 None => tracing::info!(%device, "accelerated: the driver runs our program"),
@@ -350,7 +349,6 @@ impl Loader {
             let unaccelerated = datapath.unaccelerated().map(|(device, why)| (device.to_owned(), why.to_owned()));
             (datapath.hooks(), unaccelerated.collect::<Vec<_>>())
         };
-        self.tell_acceleration(&hooks, &unaccelerated);
         let failed =
             hooks.iter().filter_map(|hook| Some(format!("{} {}: {}", hook.program, hook.place, hook.error.as_ref()?)));
         self.world.problems.set("hooks", failed.collect());
@@ -358,7 +356,9 @@ impl Loader {
         let tables = self.tables();
         self.world.tables.set(tables.clone());
         let TablesHandle { generation, store, limits } = tables;
-        self.world.maps.set(MapsHandle { generation, store, limits, hooks, unaccelerated });
+        let maps = MapsHandle { generation, store, limits, hooks, unaccelerated };
+        self.tell_acceleration(&maps);
+        self.world.maps.set(maps);
     }
 }
 

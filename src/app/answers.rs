@@ -193,12 +193,9 @@ impl Answers {
             Acceleration::BestEffort => "Best-Effort",
         };
         let handle = self.world.maps.get();
-        let tried = handle.iter().flat_map(|handle| &handle.hooks);
-        let tried = tried.filter_map(|hook| Some((hook.accelerates()?, hook.error.as_deref())));
-        let without = handle.iter().flat_map(|handle| &handle.unaccelerated);
-        let without = without.map(|(device, why)| (device.as_str(), Some(why.as_str())));
-        let devices: Vec<_> = tried
-            .chain(without)
+        let devices: Vec<_> = handle
+            .iter()
+            .flat_map(|handle| handle.drivers())
             .map(|(device, why)| {
                 why.map_or_else(|| format!("{device} in its driver"), |why| format!("{device} by tc: {why}"))
             })
@@ -306,7 +303,7 @@ impl Answers {
             counter!("kinesin_accelerated_packets_total").absolute(count.packets);
             counter!("kinesin_accelerated_bytes_total").absolute(count.bytes);
         }
-        let driven = handle.hooks.iter().filter(|hook| hook.accelerates().is_some() && hook.is_ok()).count();
+        let driven = handle.drivers().filter(|(_, why)| why.is_none()).count();
         gauge!("kinesin_accelerated_devices").set(driven as f64);
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();

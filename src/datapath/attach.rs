@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::programs::TcAttachType;
@@ -154,6 +154,11 @@ pub(crate) fn tcx(program: BorrowedFd<'_>, ifindex: u32, place: Place, links: &P
     )
 }
 
+/// Attaches to the driver by a link that nobody holds but its file descriptor.
+pub(crate) fn xdp_link(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    sys::create_link(program, ifindex, XDP, IN_DRIVER)
+}
+
 /// Attaches to the driver by an XDP link, or puts the program into the link that is pinned. A device has room for one
 /// program; that of somebody else stays (R48).
 ///
@@ -164,7 +169,7 @@ pub(crate) fn xdp(program: BorrowedFd<'_>, ifindex: u32, links: &Path) -> io::Re
         &links.join(device_pin(ifindex, Place::Xdp)),
         program,
         |info| info.kind == sys::LINK_XDP && info.target[0] == ifindex,
-        || sys::create_link(program, ifindex, XDP, IN_DRIVER),
+        || xdp_link(program, ifindex),
     )
 }
 
@@ -191,7 +196,7 @@ fn adopt(
     path: &Path,
     program: BorrowedFd<'_>,
     is_right: impl FnOnce(&sys::LinkInfo) -> bool,
-    create: impl FnOnce() -> io::Result<std::os::fd::OwnedFd>,
+    create: impl FnOnce() -> io::Result<OwnedFd>,
 ) -> io::Result<Found> {
     let pinned = sys::open_pin(path)?;
     if let Some(link) = &pinned

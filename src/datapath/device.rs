@@ -17,7 +17,6 @@ pub(super) fn has_ethernet_header(name: &str) -> io::Result<bool> {
 /// Whether it is one end of a virtual cable. What XDP sends there arrives only if the other end runs an XDP program too,
 /// and that end is somebody else's.
 pub(super) fn is_veth(name: &str) -> io::Result<bool> {
-    const SIOCETHTOOL: u64 = 0x8946;
     const ETHTOOL_GDRVINFO: u32 = 3;
     /// `struct ethtool_drvinfo`: the command, the driver's name, and what is not asked for here.
     #[repr(C)]
@@ -27,14 +26,21 @@ pub(super) fn is_veth(name: &str) -> io::Result<bool> {
         rest: [u8; 160],
     }
     let mut driver = Driver { command: ETHTOOL_GDRVINFO, name: [0; 32], rest: [0; 160] };
-    let mut request = request(name)?;
-    request.ifr_ifru.ifru_data = (&raw mut driver).cast();
-    match ask(SIOCETHTOOL as _, &mut request) {
+    match ethtool(name, &mut driver) {
         Ok(()) => Ok(driver.name.starts_with(b"veth\0")),
         // Drivers need not say.
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// A question or an order of `linux/ethtool.h` about a device: a structure that begins with its command, and that the kernel
+/// reads or fills.
+pub(crate) fn ethtool<T>(name: &str, value: &mut T) -> io::Result<()> {
+    const SIOCETHTOOL: u64 = 0x8946;
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_data = (&raw mut *value).cast();
+    ask(SIOCETHTOOL as _, &mut request)
 }
 
 fn request(name: &str) -> io::Result<libc::ifreq> {

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kinesin_abi::{
-    Backend, BackendId, COUNT_ACCELERATED, DeviceValue, Direction, DropCounter, DropReason, FlowCount, FlowKey,
-    FlowValue, FrontendKey, FrontendValue, L2Key, L2Value, MAGLEV_TABLE_SIZES, PeerKey, PeerValue, SLOT_EMPTY,
-    Settings, SocketKey, SocketValue, SourceRangeKey, Timeouts, drop_slot, maglev_size, maglev_words,
+    Backend, BackendId, DeviceValue, Direction, DropCounter, FlowCount, FlowKey, FlowValue, FrontendKey, FrontendValue,
+    L2Key, L2Value, MAGLEV_TABLE_SIZES, PeerKey, PeerValue, SLOT_EMPTY, Settings, SocketKey, SocketValue,
+    SourceRangeKey, Timeouts, drop_slot, maglev_size, maglev_words,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -244,14 +244,6 @@ impl Flows for KernelMaps {
     }
 }
 
-impl KernelMaps {
-    fn counter(&self, reason: u8, direction: Direction) -> Result<DropCounter, MapError> {
-        let slot = drop_slot(reason, direction);
-        let value = self.table("drops").get(bytes_of(&slot)).map_err(self.failed("drops", "read"))?;
-        Ok(value.map(|value| dump::sum(&value)).unwrap_or_default())
-    }
-}
-
 impl MapStore for KernelMaps {
     fn read(&self) -> Result<Actual, MapError> {
         let slots = self.scan_some("slots", |id: &BackendId| *id != SLOT_EMPTY)?;
@@ -322,26 +314,10 @@ impl MapStore for KernelMaps {
         self.remove("peers", key)
     }
 
-    fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError> {
-        let mut found = Vec::new();
-        for direction in [Direction::Ingress, Direction::Egress] {
-            for reason in DropReason::ALL {
-                let counter = self.counter(*reason as u8, direction)?;
-                if counter.packets > 0 {
-                    found.push((*reason, direction, counter));
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError> {
-        let ingress = dump::both(self.counter(0, Direction::Ingress)?, self.accelerated()?);
-        Ok([(Direction::Ingress, ingress), (Direction::Egress, self.counter(0, Direction::Egress)?)])
-    }
-
-    fn accelerated(&self) -> Result<DropCounter, MapError> {
-        self.counter(COUNT_ACCELERATED, Direction::Ingress)
+    fn counter(&self, reason: u8, direction: Direction) -> Result<DropCounter, MapError> {
+        let slot = drop_slot(reason, direction);
+        let value = self.table("drops").get(bytes_of(&slot)).map_err(self.failed("drops", "read"))?;
+        Ok(value.map(|value| dump::sum(&value)).unwrap_or_default())
     }
 
     fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kinesin_abi::{
-    Backend, BackendId, COUNT_ACCELERATED, DeviceValue, Direction, DropCounter, DropReason, FLOW_COUNTS, FlowCount,
-    FlowKey, FlowValue, L2Key, L2Value, PeerKey, PeerValue, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
+    Backend, BackendId, DeviceValue, Direction, DropCounter, FLOW_COUNTS, FlowCount, FlowKey, FlowValue, L2Key,
+    L2Value, PeerKey, PeerValue, Settings, SocketKey, SocketValue, Timeouts, drop_slot,
 };
 use kinesin_core::plan::{Actual, Op};
 
@@ -115,12 +115,6 @@ impl MemoryMaps {
             }
         }
     }
-
-    fn counter(&self, slot: u32) -> DropCounter {
-        let tables = self.lock();
-        let value = tables.get("drops").and_then(|entries| entries.get(bytes_of(&slot)));
-        value.map(|value| dump::sum(value)).unwrap_or_default()
-    }
 }
 
 impl Flows for MemoryMaps {
@@ -222,20 +216,10 @@ impl MapStore for MemoryMaps {
         Ok(())
     }
 
-    fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError> {
-        let directions = [Direction::Ingress, Direction::Egress];
-        let all = directions.into_iter().flat_map(|way| DropReason::ALL.iter().map(move |reason| (*reason, way)));
-        let counted = all.map(|(reason, way)| (reason, way, self.counter(drop_slot(reason as u8, way))));
-        Ok(counted.filter(|(_, _, counter)| counter.packets > 0).collect())
-    }
-
-    fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError> {
-        let [ingress, egress] = [Direction::Ingress, Direction::Egress].map(|way| self.counter(drop_slot(0, way)));
-        Ok([(Direction::Ingress, dump::both(ingress, self.accelerated()?)), (Direction::Egress, egress)])
-    }
-
-    fn accelerated(&self) -> Result<DropCounter, MapError> {
-        Ok(self.counter(drop_slot(COUNT_ACCELERATED, Direction::Ingress)))
+    fn counter(&self, reason: u8, direction: Direction) -> Result<DropCounter, MapError> {
+        let tables = self.lock();
+        let value = tables.get("drops").and_then(|entries| entries.get(bytes_of(&drop_slot(reason, direction))));
+        Ok(value.map(|value| dump::sum(value)).unwrap_or_default())
     }
 
     fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {

@@ -28,14 +28,16 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use kinesin_abi::{
-    DeviceValue, Direction, DropCounter, DropReason, FlowCount, L2Key, L2Value, PeerKey, PeerValue, Settings,
-    SocketKey, SocketValue, Timeouts,
+    COUNT_ACCELERATED, DeviceValue, Direction, DropCounter, DropReason, FlowCount, L2Key, L2Value, PeerKey, PeerValue,
+    Settings, SocketKey, SocketValue, Timeouts,
 };
 use kinesin_core::plan::{Actual, Op};
 use serde::Serialize;
 
+pub(crate) use attach::xdp_link;
 pub use attach::{Attachment, DeviceHooks, HookStatus, pinned_hooks};
 pub use collect::Collected;
+pub(crate) use device::ethtool;
 pub use hooks::AttachError;
 pub use kernel::KernelMaps;
 pub(crate) use kernel::maglev_ids;
@@ -157,12 +159,30 @@ pub trait MapStore: Send + Sync + 'static {
     /// Removes an entry of a peer; a missing one is no error.
     fn delete_peer(&self, key: &PeerKey) -> Result<(), MapError>;
 
+    /// What is counted under a reason's number, or one of those in place of a reason, summed over the CPUs.
+    fn counter(&self, reason: u8, direction: Direction) -> Result<DropCounter, MapError>;
     /// Packets dropped, summed over the CPUs; counters at zero are left out.
-    fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError>;
+    fn drops(&self) -> Result<Vec<(DropReason, Direction, DropCounter)>, MapError> {
+        let mut found = Vec::new();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for reason in DropReason::ALL {
+                let counter = self.counter(*reason as u8, direction)?;
+                if counter.packets > 0 {
+                    found.push((*reason, direction, counter));
+                }
+            }
+        }
+        Ok(found)
+    }
     /// Packets translated and passed on, by direction, summed over the CPUs; those of [`Self::accelerated`] among them.
-    fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError>;
+    fn forwarded(&self) -> Result<[(Direction, DropCounter); 2], MapError> {
+        let ingress = dump::both(self.counter(0, Direction::Ingress)?, self.accelerated()?);
+        Ok([(Direction::Ingress, ingress), (Direction::Egress, self.counter(0, Direction::Egress)?)])
+    }
     /// Packets that the XDP program has sent, summed over the CPUs.
-    fn accelerated(&self) -> Result<DropCounter, MapError>;
+    fn accelerated(&self) -> Result<DropCounter, MapError> {
+        self.counter(COUNT_ACCELERATED, Direction::Ingress)
+    }
 
     /// Goes through the connections once and removes those that have been silent for longer than they may; `now` is
     /// CLOCK_MONOTONIC in nanoseconds. Reads in chunks, holds no lock, and writes only what goes.

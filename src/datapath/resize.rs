@@ -8,7 +8,6 @@ use std::borrow::Cow;
 
 use kinesin_abi::{MAGLEV_TABLE_SIZE, maglev_words};
 
-const HEADER: usize = 24;
 const MAGIC: u16 = 0xeb9f;
 const ARRAY: u32 = 3;
 const STRUCTURE: u32 = 4;
@@ -24,9 +23,8 @@ pub(super) fn with_maglev_size(object: &[u8], size: u32) -> Result<Cow<'_, [u8]>
     let (from, to) = (maglev_words(MAGLEV_TABLE_SIZE), maglev_words(size));
     let mut object = object.to_vec();
     let types = types(&object).ok_or("the object's BTF is cut short")?;
-    let numbers = |kind: u32, old: u32| types.iter().filter(move |t| t.kind == kind && t.number == old);
     for (kind, old, new) in [(ARRAY, from, to), (STRUCTURE, from * 4, to * 4)] {
-        let found: Vec<_> = numbers(kind, old).map(|t| t.at).collect();
+        let found: Vec<_> = types.iter().filter(|t| t.kind == kind && t.number == old).map(|t| t.at).collect();
         let [at] = found[..] else {
             return Err(format!("the object has {} types of a Maglev table, not one", found.len()));
         };
@@ -50,10 +48,9 @@ fn types(object: &[u8]) -> Option<Vec<Type>> {
     if header as u16 != MAGIC {
         return None;
     }
-    let first = start + word(start + 4)? as usize;
-    let (mut at, end) =
-        (first + word(start + 8)? as usize, first + word(start + 8)? as usize + word(start + 12)? as usize);
-    debug_assert!(end >= start + HEADER);
+    // Behind the header, as long as that says; where the types begin, and how many bytes they are.
+    let mut at = start + word(start + 4)? as usize + word(start + 8)? as usize;
+    let end = at + word(start + 12)? as usize;
     let mut all = Vec::new();
     while at < end {
         let info = word(at + 4)?;

@@ -3,11 +3,10 @@
 //! Deliberately absent: putting it back. The veth goes with its lab.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use super::LabError;
+use crate::datapath::{ethtool, xdp_link};
 use crate::net::Netns;
 
 /// The other end's XDP program, for as long as it is kept. A veth wakes its peer for what its own program sends only if
@@ -30,31 +29,16 @@ pub(super) fn wire(lan: &Netns, port: &str, host: &Netns) -> Result<Wire, LabErr
 
 /// Lets the stack fill in checksums, and with them make segments, before a device of this namespace sends.
 fn leave_checksums(device: &str) -> io::Result<()> {
-    const SIOCETHTOOL: u64 = 0x8946;
     const ETHTOOL_STXCSUM: u32 = 0x17;
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // `struct ethtool_value`: the command, and off.
-    let mut value = [ETHTOOL_STXCSUM, 0];
-    // SAFETY: integers, arrays and unions of them and of pointers; zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // The last byte stays zero.
-    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(device.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = (&raw mut value).cast();
-    // SAFETY: the request and the value that it points to are valid for this ioctl and outlive it.
-    let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    ethtool(device, &mut [ETHTOOL_STXCSUM, 0])
 }
 
 /// Attaches a program that lets everything pass to a device of this namespace.
 fn attach_pass(device: &str) -> io::Result<OwnedFd> {
     const PROG_LOAD: u32 = 5;
-    const LINK_CREATE: u32 = 28;
-    /// `BPF_PROG_TYPE_XDP`, `BPF_XDP` and `XDP_FLAGS_DRV_MODE`
+    /// `BPF_PROG_TYPE_XDP`
     const TYPE: u32 = 6;
-    const ATTACH: u32 = 37;
-    const IN_DRIVER: u32 = 4;
     // r0 = XDP_PASS; exit
     let code: [[u32; 2]; 2] = [[0xb7, 2], [0x95, 0]];
     let license = c"GPL";
@@ -65,11 +49,7 @@ fn attach_pass(device: &str) -> io::Result<OwnedFd> {
     load[8..16].copy_from_slice(&pointer(code.as_ptr().addr()));
     load[16..24].copy_from_slice(&pointer(license.as_ptr().addr()));
     let program = bpf(PROG_LOAD, &mut load)?;
-    let ifindex = nix::net::if_::if_nametoindex(device)?;
-    let words = [program.as_raw_fd() as u32, ifindex, ATTACH, IN_DRIVER];
-    let mut create = [0u8; 16];
-    create.iter_mut().zip(words.into_iter().flat_map(u32::to_ne_bytes)).for_each(|(to, from)| *to = from);
-    bpf(LINK_CREATE, &mut create)
+    xdp_link(program.as_fd(), nix::net::if_::if_nametoindex(device)?)
 }
 
 /// A command of bpf(2) that makes a file descriptor.

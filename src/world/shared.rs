@@ -75,6 +75,12 @@ impl MapsHandle {
         attached("ingress") && attached("egress")
     }
 
+    /// The devices of which it was asked that their drivers forward too, and why not those that do not.
+    pub fn drivers(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        let tried = self.hooks.iter().filter_map(|hook| Some((hook.accelerates()?, hook.error.as_deref())));
+        tried.chain(self.unaccelerated.iter().map(|(device, why)| (device.as_str(), Some(why.as_str()))))
+    }
+
     /// The IP versions whose program that answers for addresses was not refused on a device.
     pub fn answers(&self, device: &str) -> Families {
         let place = format!("{device} ingress");
