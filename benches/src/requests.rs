@@ -95,8 +95,6 @@ pub(crate) fn run() -> anyhow::Result<()> {
 pub(crate) fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])> {
     let lab = &cluster.lab;
     let pods = [lab.pod(1, 1), lab.pod(2, 1)];
-    // Also for the requests that only see whether the services are there.
-    lab.client().netns().run(|| std::fs::write(PORT_RANGE, PORTS_THROUGH))??;
     cluster.runtime.block_on(async {
         for pod in &pods {
             pod.serve().await?;
@@ -163,6 +161,7 @@ fn wait_neighbours(cluster: &Cluster, entry: &AgentHandle) -> anyhow::Result<()>
 
 pub(crate) fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
+    cluster.lab.client().netns().run(|| std::fs::write(PORT_RANGE, PORTS_THROUGH))??;
     cluster.runtime.block_on(async {
         for vip in VIPS {
             let url = format!("http://{vip}/");

@@ -216,6 +216,11 @@ fn a_direct_connection_from_a_port_once_used_through_a_service_keeps_the_pods_ad
         // The client's SYN to the pod itself is none of ours, and neither is the answer.
         assert_eq!(ends(&rig.ingress(&tcp(client, pod, SYN)).1), (client, pod));
         assert_eq!(ends(&rig.egress(&tcp(pod, client, SYN | ACK)).1), (pod, client));
+        // Nor what follows, of either side.
+        assert_eq!(ends(&rig.ingress(&tcp(client, pod, ACK)).1), (client, pod));
+        assert_eq!(ends(&rig.egress(&tcp(pod, client, ACK)).1), (pod, client));
+        assert_eq!(ends(&rig.egress(&tcp(pod, client, FIN | ACK)).1), (pod, client));
+        assert!(entries(&rig).is_empty(), "nothing is known of the one before");
         // Through the service again, both are.
         let (_, again) = rig.ingress(&tcp((CLIENT, 40_000), (VIP, TO_LOCAL), SYN));
         let (client, pod) = ends(&again);

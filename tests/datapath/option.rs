@@ -120,7 +120,10 @@ fn what_says_its_service_is_noted_and_answered_as_that_service() {
         let of_tcp: Vec<_> =
             entries(&rig).into_iter().filter(|(key, _)| key.proto == proto::TCP && key.src.is_v4()).collect();
         assert!(of_tcp.iter().any(|(_, flow)| flow.is_over()), "{of_tcp:?}");
-        // And then another one may have its tuple.
+        // And then another one may have its tuple: one to the pod itself,
+        rig.egress(&tcp(pod, client, SYN | ACK));
+        assert_eq!(ends(&rig.egress(&tcp(pod, client, ACK)).1), (pod, client));
+        // or one through another service.
         let plain = packet(proto::TCP, client, pod);
         assert_eq!(rig.ingress(&with_option(&plain, VIP, TO_MAGLEV)), (NEXT, plain));
         assert_eq!(ends(&rig.egress(&tcp(pod, client, SYN | ACK)).1), ((VIP, TO_MAGLEV), client));

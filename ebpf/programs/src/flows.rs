@@ -40,6 +40,33 @@ pub fn find(packet: &Packet) -> Option<&'static mut FlowValue> {
     if past { None } else { Some(flow) }
 }
 
+/// Forgets a connection that is over when its backend begins another one between the same two ends that is none of ours: one
+/// that the client has opened to the pod itself. Else everything that the pod says in it would get the service's address.
+///
+/// An entry of a table that is being replaced stays, and with it the fault that this mends, until the table is gone.
+#[inline(never)]
+pub fn give_way(key: &FlowKey) -> u32 {
+    let Some(flow) = copy_of(key) else { return 0 };
+    if flow.flags & FLOW_REPLY == 0 || !flow.is_over() {
+        return 0;
+    }
+    let Some(packet) = lookup::scratch() else { return 0 };
+    packet.quoted = if flow.flags & FLOW_DIRECT != 0 { key.reversed() } else { flow.translated_key(key) };
+    forget(key);
+    forget(&packet.quoted);
+    0
+}
+
+/// Removes an entry from both tables.
+#[inline(never)]
+fn forget(key: &FlowKey) -> u32 {
+    let _ = FLOWS.remove(key);
+    if TRANSIENT.remove(key).is_ok() {
+        count(FlowCount::Removed);
+    }
+    0
+}
+
 /// The entry for packets of this tuple, whatever its state, for an ICMP error about their partners. Errors neither
 /// refresh nor end a connection (RFC 5508 section 4.2.3).
 #[inline(always)]

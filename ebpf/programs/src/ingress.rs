@@ -11,7 +11,7 @@ use crate::{
     flows, fragments, icmp, lookup, ndp,
     opening::{self, Opening},
     option::{self, Carrier},
-    packet::{Packet, Unparsed},
+    packet::{Packet, TCP_SYN, Unparsed},
     reject::{self, Reporter},
     rewrite::{self, Tuple},
     route::{self, Route},
@@ -288,7 +288,12 @@ pub fn to_netdev<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> 
         Err(Unparsed::Icmp) => return icmp::to_netdev::<F>(skb),
         Err(_) => return Ok(Verdict::PASS),
     }
-    let Some(flow) = flows::find(packet) else { return Ok(Verdict::PASS) };
+    let Some(flow) = flows::find(packet) else {
+        if packet.tcp & TCP_SYN != 0 {
+            flows::give_way(&packet.flow);
+        }
+        return Ok(Verdict::PASS);
+    };
     if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) != FLOW_REPLY {
         return Ok(Verdict::PASS);
     }
