@@ -10,6 +10,7 @@ use std::thread;
 
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
+use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use kinesin_abi::maglev_words;
 
@@ -30,6 +31,10 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 const NODE_NETNS: &str = "NODE_NETNS";
 /// That for the entries of a Maglev table.
 const MAGLEV_SIZE: &str = "MAGLEV_SIZE";
+/// That for whether they read the clock of the last tick, `bpf_ktime_get_coarse_ns`.
+const COARSE_CLOCK: &str = "COARSE_CLOCK";
+/// Since when there is that clock.
+const HAS_COARSE_CLOCK: KernelVersion = KernelVersion::new(5, 11, 0);
 
 /// The loaded programs. Dropping it leaves maps and hooks in the kernel, where they go on.
 pub struct Datapath {
@@ -110,8 +115,10 @@ impl Datapath {
             loader.map_pin_path(name, path);
         }
         let cookie = sys::own_netns_cookie().unwrap_or(0);
+        let coarse_clock = u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= HAS_COARSE_CLOCK));
         loader.override_global(NODE_NETNS, &cookie, false);
         loader.override_global(MAGLEV_SIZE, &options.maglev_size, false);
+        loader.override_global(COARSE_CLOCK, &coarse_clock, true);
         let ebpf = loader.load(object).map_err(|error| LoadError::Object(chain(&error)))?;
 
         let cpus = aya::util::nr_cpus().map_or(1, |n| n.get() as usize);

@@ -3,12 +3,13 @@
 use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key, helpers::generated as h};
 use kinesin_abi::{
     Addr, BACKEND_LOCAL, Backend, BackendId, BackendState, Be16, DeviceValue, Direction, DropReason, FlowKey,
-    FrontendKey, FrontendValue, L2Key, MAGLEV_TABLE_SIZE, PeerKey, PeerValue, SEARCHED_MEMBERS, SELECTION_TRIES,
-    SLOT_EMPTY, SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue,
-    SourceRange, drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
+    FrontendKey, FrontendValue, L2Key, PeerKey, PeerValue, SEARCHED_MEMBERS, SELECTION_TRIES, SLOT_EMPTY,
+    SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SetRef, Settings, SocketKey, SocketValue, SourceRange,
+    drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
 };
 
 use crate::family::{Family, V4};
+use crate::loaded;
 use crate::maps::{
     BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
 };
@@ -120,10 +121,6 @@ pub fn select_random(set: SetRef) -> Option<Chosen> {
     None
 }
 
-/// Entries of the Maglev tables (`bpf-lb-maglev-table-size`), set when the programs are loaded.
-#[unsafe(no_mangle)]
-static MAGLEV_SIZE: u32 = MAGLEV_TABLE_SIZE;
-
 /// Chooses from a set for a packet, by Maglev where the service says so and its table is there.
 #[inline(always)]
 pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
@@ -136,9 +133,7 @@ pub fn select(frontend: &FrontendValue, flow: &FlowKey) -> Option<Chosen> {
             // client yet.
             let sport = if frontend.flags & frontend_flags::AFFINITY != 0 { Be16::new(0) } else { flow.sport };
             let hash = maglev_hash(&flow.src, sport, flow.dport, flow.proto, seed);
-            // SAFETY: a constant of the loaded program; volatile, as the compiler knows only the one it was built with.
-            let size = unsafe { (&raw const MAGLEV_SIZE).read_volatile() };
-            let index = maglev_index(hash, size);
+            let index = maglev_index(hash, loaded::maglev_size());
             // SAFETY: the index is below the table's size, and the padding lets the verifier see it.
             let id = unsafe { *table.ids.as_ptr().add(index as usize) };
             if let Some(backend) = backend(id) {
@@ -213,11 +208,12 @@ pub fn source_address<F: Family>(egress: u32, ingress: u32) -> Option<Addr> {
     of(egress).or_else(|| of(ingress))
 }
 
-/// CLOCK_MONOTONIC in nanoseconds.
+/// CLOCK_MONOTONIC in nanoseconds, as of the last tick where the kernel offers that: no interval that is looked at is as short
+/// as two, and reading the counter took a tenth of what a known packet costs.
 #[inline(always)]
 pub fn now() -> u64 {
     // SAFETY: no arguments.
-    unsafe { h::bpf_ktime_get_ns() }
+    unsafe { if loaded::coarse_clock() != 0 { h::bpf_ktime_get_coarse_ns() } else { h::bpf_ktime_get_ns() } }
 }
 
 /// Whether the agent lives.

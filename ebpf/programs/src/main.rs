@@ -26,6 +26,7 @@ mod fragments;
 mod frame;
 mod icmp;
 mod ingress;
+mod loaded;
 mod local;
 mod lookup;
 mod maps;

@@ -9,7 +9,7 @@ use kinesin_abi::{
     proto,
 };
 
-use crate::{affinity, lookup};
+use crate::{affinity, loaded, lookup};
 
 /// The system call goes on.
 pub const ALLOW: i32 = 1;
@@ -17,11 +17,6 @@ pub const ALLOW: i32 = 1;
 pub const DENY: i32 = 0;
 
 type Context = *mut bpf_sock_addr;
-
-/// Cookie of the agent's network namespace, set when the programs are loaded; 0 where the kernel does not tell it (before
-/// 5.14), and then the node is the initial namespace.
-#[unsafe(no_mangle)]
-static NODE_NETNS: u64 = 0;
 
 /// A socket's destination.
 #[derive(Clone, Copy)]
@@ -172,8 +167,7 @@ fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static Fron
 pub fn on_the_node(ctx: *mut core::ffi::c_void) -> bool {
     // SAFETY: the program's context.
     let socket = unsafe { h::bpf_get_netns_cookie(ctx) };
-    // SAFETY: a constant of the loaded program; volatile, as the compiler knows only the value that it was built with.
-    let node = match unsafe { (&raw const NODE_NETNS).read_volatile() } {
+    let node = match loaded::node_netns() {
         // SAFETY: without a context the helper tells the initial namespace's.
         0 => unsafe { h::bpf_get_netns_cookie(core::ptr::null_mut()) },
         node => node,
