@@ -12,6 +12,7 @@ mod count;
 mod flood;
 mod goals;
 mod kube_proxy;
+mod limit;
 mod micro;
 mod objects;
 #[allow(dead_code, reason = "shared with the tests, which use all of it")]

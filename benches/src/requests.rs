@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, HEALTHZ, SERVICES, SLICES, pause, send};
 use crate::goals;
 use crate::kube_proxy::{self, KubeProxy};
+use crate::limit::Bare;
 use crate::report::{heading, line};
 use crate::traffic::{
     PORT_RANGE, PORTS_THROUGH, SINK_PORT, Sink, TIME_WAIT, compare, keep_alive, new_connections, pin,
@@ -26,6 +27,10 @@ use crate::traffic::{
 
 /// Addresses that nobody has to answer for: the client has routes to them.
 pub(crate) const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 200), Ipv4Addr::new(10, 0, 0, 201)];
+/// The services, and their port for HTTP.
+const SERVED: [Option<(Ipv4Addr, u16)>; 2] = [Some((VIPS[0], 80)), Some((VIPS[1], 80))];
+/// Another address of the second pod.
+const ALIAS: Ipv4Addr = Ipv4Addr::new(10, 42, 2, 250);
 const NAMES: [&str; 2] = ["backend on the entry node", "backend on another node"];
 
 /// Cilium 1.20-dev with `snat`, same node and other node, measured on two cores of another machine: a fact, for comparison.
@@ -62,7 +67,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             wait_neighbours(&cluster, &agents[0])?;
         }
         wait_served(&cluster, || agents[0].logs(20))?;
-        columns.push((format!("Kinesin, {name}"), measure(&cluster, &pods, &sinks)?));
+        columns.push((format!("Kinesin, {name}"), measure(&cluster, &pods, &sinks, SERVED)?));
         cost_per_run(&cluster, name)?;
         for agent in agents {
             cluster.runtime.block_on(agent.stop());
@@ -81,10 +86,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let proxy = KubeProxy::start(&cluster, mode)?;
         proxy.wait_synced()?;
         wait_served(&cluster, || "kube-proxy".into())?;
-        columns.push((format!("kube-proxy, {mode}"), measure(&cluster, &pods, &sinks)?));
+        columns.push((format!("kube-proxy, {mode}"), measure(&cluster, &pods, &sinks, SERVED)?));
         proxy.stop(&cluster)?;
         pause(TIME_WAIT);
     }
+    heading("The extra hop alone: nothing on the entry node but a redirect");
+    let bare = Bare::start(&cluster, &pods[1], ALIAS)?;
+    columns.push(("a bare redirect".into(), measure(&cluster, &pods, &sinks, [None, Some((ALIAS, HTTP_PORT))])?));
+    drop(bare);
     summary(&columns);
     drop(sinks);
     cluster.end();
@@ -174,22 +183,32 @@ pub(crate) fn wait_served(cluster: &Cluster, logs: impl Fn() -> String) -> anyho
     })
 }
 
-/// Ratios by kind of load, the entry node's backend first.
-fn measure(cluster: &Cluster, pods: &[Pod; 2], sinks: &[Sink; 2]) -> anyhow::Result<Vec<[f64; 2]>> {
-    let mut ratios = vec![[0.0; 2]; CILIUM.len()];
+/// Ratios by kind of load; none where there is no such way to the pod.
+type Ratios = [Option<f64>; 2];
+
+/// Measures the ways to both pods, the entry node's first: an address, and its port for HTTP.
+fn measure(
+    cluster: &Cluster,
+    pods: &[Pod; 2],
+    sinks: &[Sink; 2],
+    ways: [Option<(Ipv4Addr, u16)>; 2],
+) -> anyhow::Result<Vec<Ratios>> {
+    let mut ratios = vec![[None; 2]; CILIUM.len()];
     for (place, where_) in NAMES.iter().enumerate() {
-        let (vip, pod, sink) = (VIPS[place], pods[place].address(), &sinks[place]);
+        let Some((address, http)) = ways[place] else { continue };
+        let (pod, sink) = (pods[place].address(), &sinks[place]);
         let throughput = |to, time| sink.throughput(to, time);
         let datagrams = |to, time| sink.datagrams(to, time);
         for (kind, (name, _)) in CILIUM.iter().enumerate() {
             let (load, ports): (crate::traffic::Load<'_>, _) = match kind {
-                0 => (&keep_alive, (80, HTTP_PORT)),
-                1 => (&new_connections, (80, HTTP_PORT)),
+                0 => (&keep_alive, (http, HTTP_PORT)),
+                1 => (&new_connections, (http, HTTP_PORT)),
                 2 => (&throughput, (SINK_PORT, SINK_PORT)),
                 _ => (&datagrams, (SINK_PORT, SINK_PORT)),
             };
-            let (through, direct) = (SocketAddr::from((vip, ports.0)), SocketAddr::from((pod, ports.1)));
-            ratios[kind][place] = compare(cluster.lab.client(), &format!("{name}, {where_}"), through, direct, load)?;
+            let (through, direct) = (SocketAddr::from((address, ports.0)), SocketAddr::from((pod, ports.1)));
+            let what = format!("{name}, {where_}");
+            ratios[kind][place] = Some(compare(cluster.lab.client(), &what, through, direct, load)?);
         }
     }
     Ok(ratios)
@@ -231,6 +250,10 @@ fn ingress_counters(cluster: &Cluster) -> anyhow::Result<(Duration, u64)> {
     Ok(sum)
 }
 
+fn figure(ratio: Option<f64>) -> String {
+    ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.2}"))
+}
+
 /// Least ratios by kind of load, backend on the entry node and on another.
 const LEAST: [[Option<(f64, &str)>; 2]; 4] = [
     [Some((1.0, "≥ 1.0")), Some((0.85, "≥ 0.85"))],
@@ -239,25 +262,23 @@ const LEAST: [[Option<(f64, &str)>; 2]; 4] = [
     [None, Some((0.85, "≥ 0.85"))],
 ];
 
-fn summary(columns: &[(String, Vec<[f64; 2]>)]) {
+fn summary(columns: &[(String, Vec<Ratios>)]) {
     heading("Side by side: medians of ratios, backend on the entry node / on another");
     for (kind, (name, cilium)) in CILIUM.iter().enumerate() {
-        let mut figures: Vec<(&str, String)> = columns
-            .iter()
-            .map(|(column, ratios)| (column.as_str(), format!("{:.2} / {:.2}", ratios[kind][0], ratios[kind][1])))
-            .collect();
+        let mut figures: Vec<(&str, String)> =
+            columns.iter().map(|(column, ratios)| (column.as_str(), ratios[kind].map(figure).join(" / "))).collect();
         figures.push(("Cilium, snat (elsewhere)", cilium.join(" / ")));
         line(name, &figures);
         let [(_, first), others @ ..] = columns else { continue };
         for (place, where_) in NAMES.iter().enumerate() {
             let row = format!("{name}, {where_}");
             let (goal, holds) = match LEAST[kind][place] {
-                Some((least, text)) => (text, Some(first[kind][place] >= least)),
+                Some((least, text)) => (text, first[kind][place].map(|ratio| ratio >= least)),
                 None => ("-", None),
             };
-            goals::ours(&row, goal, format!("{:.2}", first[kind][place]), holds);
-            for (column, ratios) in others {
-                goals::other(&row, column, format!("{:.2}", ratios[kind][place]));
+            goals::ours(&row, goal, figure(first[kind][place]), holds);
+            for (column, ratios) in others.iter().filter(|(_, ratios)| ratios[kind][place].is_some()) {
+                goals::other(&row, column, figure(ratios[kind][place]));
             }
             goals::other(&row, "Cilium, snat (elsewhere)", cilium[place].to_owned());
         }

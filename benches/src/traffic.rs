@@ -169,7 +169,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 impl Sink {
     pub(crate) fn start(pod: &Pod) -> anyhow::Result<Self> {
         let sink = Self { bytes: Arc::default(), datagrams: Arc::default(), over: Arc::default() };
-        let address = (pod.address(), SINK_PORT);
+        let address = (Ipv4Addr::UNSPECIFIED, SINK_PORT);
         let (listener, socket) =
             pod.netns().run(move || anyhow::Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?)))??;
         // A socket stays in the namespace that it was made in.

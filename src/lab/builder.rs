@@ -200,6 +200,7 @@ impl Lab {
 
 async fn make_lan(territory: &Territory, segments: u8, dual_stack: bool) -> Result<Netns, LabError> {
     let netns = territory.netns("lan")?;
+    pass_filters_by(&netns)?;
     if segments > 1 {
         sysctl::write_in(&netns, &[("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0")])?;
         sysctl::write_in(&netns, &[("ipv4/conf/default/rp_filter", "0")])?;
@@ -219,6 +220,16 @@ async fn make_lan(territory: &Territory, segments: u8, dual_stack: bool) -> Resu
         }
     }
     Ok(netns)
+}
+
+/// A switch filters nothing: where `br_netfilter` is loaded, a bridge would show every frame that it forwards to the rules of IP, and
+/// put fragments together. Where it is not, there are no such settings.
+fn pass_filters_by(lan: &Netns) -> Result<(), LabError> {
+    let settings = ["arp", "ip", "ip6"].map(|family| format!("bridge/bridge-nf-call-{family}tables"));
+    Ok(lan.run(|| {
+        let loaded = settings.iter().filter(|key| sysctl::read(key).is_ok());
+        loaded.into_iter().try_for_each(|key| sysctl::write(key, "0"))
+    })??)
 }
 
 /// Tells the router where the pods of a node are.
