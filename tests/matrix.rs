@@ -13,26 +13,44 @@ mod rules;
 
 use std::time::Duration;
 
-use cells::{Cell, Family, cells};
+use cells::{Cell, Family, Plan, cells};
 use ground::Ground;
+use kinesin::lab::programs::How;
 use rules::{Expected, excluded};
 
 /// How packets reach backends on other nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mode {
-    /// `bpf-lb-mode`
-    pub(crate) key: &'static str,
-    /// Whether a backend on another node sees the client's address.
-    pub(crate) keeps_client: bool,
+    /// Configuration keys and their values.
+    pub(crate) keys: &'static [(&'static str, &'static str)],
+    /// Whether a backend on another node sees the client's address, by TCP and by UDP.
+    keeps_client: [bool; 2],
+    /// Segments that the nodes are on.
+    segments: usize,
 }
 
-const L2: Mode = Mode { key: "l2", keeps_client: true };
-const SNAT: Mode = Mode { key: "snat", keeps_client: false };
+impl Mode {
+    pub(crate) fn keeps(self, how: How) -> bool {
+        self.keeps_client[usize::from(how != How::Tcp)]
+    }
+}
+
+const L2: Mode = Mode { keys: &[("bpf-lb-mode", "l2")], keeps_client: [true, true], segments: 1 };
+const SNAT: Mode = Mode { keys: &[("bpf-lb-mode", "snat")], keeps_client: [false, false], segments: 1 };
+const IPIP: Mode =
+    Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "ipip")], keeps_client: [true, true], segments: 2 };
+const OPT: Mode = Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "opt")], ..IPIP };
+const HYBRID: Mode = Mode {
+    keys: &[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "ipip")],
+    keeps_client: [true, false],
+    segments: 2,
+};
 
 /// Runs all cells of one lab, and says everything that is wrong with it at once.
 async fn holds(name: &str, family: Family, mode: Mode) {
-    let ground = Ground::new(name, family, mode).await;
-    let all: Vec<Cell> = cells(family);
+    let plan = Plan { family, segments: mode.segments };
+    let ground = Ground::new(name, plan, mode).await;
+    let all: Vec<Cell> = cells(plan);
     let (skipped, wanted): (Vec<Cell>, Vec<Cell>) = all.into_iter().partition(|cell| excluded(cell, mode).is_some());
     for cell in &skipped {
         println!("excluded: {cell}: {}", excluded(cell, mode).unwrap_or_default());
@@ -80,4 +98,34 @@ async fn ipv4_l2() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ipv6_l2() {
     holds("matrix-l2-6", Family::V6, L2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_ipip() {
+    holds("matrix-ipip", Family::V4, IPIP).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_ipip() {
+    holds("matrix-ipip6", Family::V6, IPIP).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_opt() {
+    holds("matrix-opt", Family::V4, OPT).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_opt() {
+    holds("matrix-opt6", Family::V6, OPT).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_hybrid() {
+    holds("matrix-hybrid", Family::V4, HYBRID).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_hybrid() {
+    holds("matrix-hybrid6", Family::V6, HYBRID).await;
 }

@@ -18,9 +18,9 @@ use super::attach::{self, HookStatus, Place, chain};
 use super::hooks::{ETHERNET, Hook, SOCKETS};
 use super::kernel::KernelMaps;
 use super::moving::{Moving, has_connections};
+use super::object::{with_exact_clock, with_maglev_size};
 use super::options::{LoadError, LoadOptions};
 use super::pin::{self, Migration, Pinned, Shape};
-use super::resize::with_maglev_size;
 use super::{MapStore, TABLES, sys};
 use crate::sync::lock;
 
@@ -31,9 +31,7 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 const NODE_NETNS: &str = "NODE_NETNS";
 /// That for the entries of a Maglev table.
 const MAGLEV_SIZE: &str = "MAGLEV_SIZE";
-/// That for whether they read the clock of the last tick, `bpf_ktime_get_coarse_ns`.
-const COARSE_CLOCK: &str = "COARSE_CLOCK";
-/// Since when there is that clock.
+/// Since when kernels have the clock of the last tick, `bpf_ktime_get_coarse_ns`.
 const HAS_COARSE_CLOCK: KernelVersion = KernelVersion::new(5, 11, 0);
 
 /// The loaded programs. Dropping it leaves maps and hooks in the kernel, where they go on.
@@ -96,7 +94,11 @@ impl Datapath {
         }
         raise_memlock();
 
-        let object = &*with_maglev_size(object, options.maglev_size).map_err(LoadError::Object)?;
+        let mut object = with_maglev_size(object, options.maglev_size).map_err(LoadError::Object)?;
+        if KernelVersion::current().is_ok_and(|kernel| kernel < HAS_COARSE_CLOCK) {
+            object = with_exact_clock(&object).map_err(LoadError::Object)?.into();
+        }
+        let object = &*object;
         let shapes = shapes(object, options)?;
         let mut loader = EbpfLoader::new();
         let mut replaced = Vec::new();
@@ -115,10 +117,8 @@ impl Datapath {
             loader.map_pin_path(name, path);
         }
         let cookie = sys::own_netns_cookie().unwrap_or(0);
-        let coarse_clock = u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= HAS_COARSE_CLOCK));
         loader.override_global(NODE_NETNS, &cookie, false);
         loader.override_global(MAGLEV_SIZE, &options.maglev_size, false);
-        loader.override_global(COARSE_CLOCK, &coarse_clock, true);
         let ebpf = loader.load(object).map_err(|error| LoadError::Object(chain(&error)))?;
 
         let cpus = aya::util::nr_cpus().map_or(1, |n| n.get() as usize);

@@ -19,9 +19,9 @@ mod loader;
 mod meaning;
 mod memory;
 mod moving;
+mod object;
 mod options;
 mod pin;
-mod resize;
 mod sys;
 
 use std::io;

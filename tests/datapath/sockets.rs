@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use kinesin::datapath::{Datapath, cgroup2_root, detach_all};
-use kinesin_abi::{FrontendKind, frontend_flags, proto};
+use kinesin_abi::{FrontendKind, PeerKey, PeerValue, frontend_flags, proto};
 use kinesin_core::plan::Op;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -203,6 +203,41 @@ fn a_pods_loopback_is_its_own_and_the_nodes_leads_to_node_ports_and_host_ports()
             }
             Ok(())
         });
+    });
+}
+
+#[test]
+fn a_node_port_of_another_node_is_served_here_unless_only_its_own_pods_may_answer() {
+    const OTHER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 11);
+    const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 12);
+    isolated(|| {
+        let node = Node::new();
+        let maps = node.datapath.maps();
+        maps.write_settings(&settings()).unwrap();
+        let other = PeerValue { ipv4: u32::from_ne_bytes(OTHER.octets()), ..PeerValue::default() };
+        maps.put_peer(&PeerKey::of_addr(&OTHER.into()), &other).unwrap();
+        let local = value(FrontendKind::NodePort, frontend_flags::ROUTABLE | frontend_flags::EXTERNAL_LOCAL, 1, 1);
+        let host_port = value(FrontendKind::HostPort, frontend_flags::ROUTABLE, 1, 1);
+        maps.apply(&[
+            Op::PutFrontend(frontend(Ipv4Addr::UNSPECIFIED, 30_081, proto::TCP), local),
+            Op::PutFrontend(frontend(Ipv4Addr::UNSPECIFIED, 30_082, proto::TCP), host_port),
+        ])
+        .unwrap();
+        node.cgroup.run(|| {
+            let stream = TcpStream::connect(peer(OTHER, 30_080)).map_err(text)?;
+            expect("peer", stream.peer_addr().map_err(text)?, peer(OTHER, 30_080))
+        });
+        node.tcp.accept().unwrap();
+        assert_eq!(maps.raw_entries("sockets").unwrap().len(), 1);
+        // What is not translated goes out to the LAN, where nobody is.
+        node.cgroup.run(|| {
+            let soon = std::time::Duration::from_millis(200);
+            for to in [peer(OTHER, 30_081), peer(OTHER, 30_082), peer(OTHER, 80), peer(STRANGER, 30_080)] {
+                expect("nobody answers", TcpStream::connect_timeout(&to, soon).is_err(), true)?;
+            }
+            Ok(())
+        });
+        assert_eq!(maps.raw_entries("sockets").unwrap().len(), 1);
     });
 }
 

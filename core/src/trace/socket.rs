@@ -2,10 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use kinesin_abi::{AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, frontend_flags, proto};
+use kinesin_abi::{
+    Addr, AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, PeerKey, frontend_flags, proto,
+};
 
 use super::select::{self, Candidate, member};
 use super::{Attached, Hook, Step, Tracer, Verdict, View, Way, text};
+
+/// How the frontend of another node's NodePort is found.
+const OF_ANOTHER_NODE: &str = "another-node";
 
 impl<V: View> Tracer<'_, V> {
     /// A socket that connects, or sends without having connected.
@@ -47,8 +52,7 @@ impl<V: View> Tracer<'_, V> {
         Ok(self.view.flow(&self.packet.key())?.is_some_and(|flow| flow.flags & FLOW_REPLY != 0))
     }
 
-    /// The frontend of a socket's destination. The node's loopback addresses lead to NodePorts and host ports, those of a pod
-    /// are the pod's own; wildcards do not concern sockets.
+    /// The frontend of a socket's destination; wildcards do not concern sockets.
     fn socket_frontend(&mut self, host: bool) -> Result<Option<(FrontendKey, &'static str, FrontendValue)>, V::Error> {
         let exact = self.frontend_key(Be16::new(self.packet.dport), self.packet.proto);
         let found = self.view.frontend(&exact)?;
@@ -57,20 +61,38 @@ impl<V: View> Tracer<'_, V> {
             if frontend.flags & frontend_flags::WILDCARD == 0 {
                 return Ok(Some((exact, "exact", frontend)));
             }
-        } else if host && self.packet.dst.is_loopback() {
+        } else if let Some((by, kinds)) = self.stands_for_all(host)? {
             let v6 = self.packet.dst.is_ipv6();
             let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
             let key = FrontendKey { addr: any.into(), ..exact };
             tried.push(text::frontend(&key));
             if let Some(frontend) = self.view.frontend(&key)? {
-                let kind = frontend.flags & frontend_flags::KIND;
-                if kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32 {
-                    return Ok(Some((key, "any-local-address", frontend)));
+                let local = frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 && by == OF_ANOTHER_NODE;
+                if !local && kinds.iter().any(|kind| frontend.flags & frontend_flags::KIND == *kind as u32) {
+                    return Ok(Some((key, by, frontend)));
                 }
             }
         }
         self.say(Step::NoFrontend { tried });
         Ok(None)
+    }
+
+    /// What the destination is, where it may stand for every address of a node, and for which kinds of frontends. The node's
+    /// loopback addresses lead to NodePorts and host ports, those of a pod are the pod's own; those of other nodes lead to
+    /// NodePorts.
+    fn stands_for_all(&self, host: bool) -> Result<Option<(&'static str, &'static [FrontendKind])>, V::Error> {
+        let dst = self.packet.dst;
+        if dst.is_loopback() {
+            return Ok(host.then_some(("any-local-address", &[FrontendKind::NodePort, FrontendKind::HostPort])));
+        }
+        let settings = self.view.settings()?;
+        let ports = settings.node_port_min..=settings.node_port_max;
+        let peer = self.view.peer(&PeerKey::of_addr(&dst.into()))?;
+        let is_the_peers = peer.is_some_and(|peer| match dst {
+            IpAddr::V4(v4) => peer.ipv4 == Addr::from(v4).v4_raw(),
+            IpAddr::V6(v6) => peer.ipv6 == v6.into(),
+        });
+        Ok((is_the_peers && ports.contains(&self.packet.dport)).then_some((OF_ANOTHER_NODE, &[FrontendKind::NodePort])))
     }
 
     fn choose_for_socket(&mut self, frontend: &FrontendValue, netns: Option<u64>) -> Result<Vec<Candidate>, V::Error> {

@@ -48,7 +48,8 @@ pub enum Step {
     Frontend {
         /// The key that was found, `10.0.0.100:80/TCP`.
         key: String,
-        /// `exact`, `wildcard`, or `any-local-address` (a NodePort by a loopback address).
+        /// `exact`, `wildcard`, `any-local-address` (a NodePort by a loopback address), or `another-node` (one by another
+        /// node's address).
         by: String,
         /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalIPs`, `HostPort`
         kind: String,

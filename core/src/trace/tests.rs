@@ -57,12 +57,17 @@ impl View for Fake {
         let ipv4 = u32::from_ne_bytes([192, 168, 1, 10]);
         Ok((ifindex == LAN).then_some(DeviceValue { flags: DEVICE_ETHERNET, ipv4, ..DeviceValue::default() }))
     }
-    fn peer(&self, _: &PeerKey) -> Result<Option<PeerValue>, Infallible> {
-        Ok(None)
+    fn peer(&self, key: &PeerKey) -> Result<Option<PeerValue>, Infallible> {
+        let ipv4 = u32::from_ne_bytes([192, 168, 1, 11]);
+        let is_it = *key == PeerKey::of_addr(&kinesin_abi::Addr::from_v4_raw(ipv4));
+        Ok(is_it.then_some(PeerValue { ipv4, ..PeerValue::default() }))
     }
     fn settings(&self) -> Result<Settings, Infallible> {
         let flags = SETTING_REJECT_NO_BACKEND;
-        Ok(Settings { alive_at: NOW, alive_for: 1, flags, snat_min: 61_000, snat_max: 61_001, ..Settings::default() })
+        let (node_port_min, node_port_max) = (30_000, 32_767);
+        let given =
+            Settings { alive_at: NOW, alive_for: 1, flags, node_port_min, node_port_max, ..Settings::default() };
+        Ok(Settings { snat_min: 61_000, snat_max: 61_001, ..given })
     }
     fn serves(&self, ifindex: u32) -> bool {
         ifindex == LAN
@@ -200,6 +205,16 @@ fn sockets_reach_node_ports_on_loopback_and_are_bound_by_their_namespace() {
 
     let own = ask(&node, "pod", "127.0.0.1:30080");
     assert!(matches!(own.ways[0].verdict, Verdict::Pass { .. }), "a pod's loopback is its own: {own:?}");
+
+    let elsewhere = ask(&node, "pod", "192.168.1.11:30080");
+    let text = elsewhere.steps.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    assert!(text.contains("0.0.0.0:30080/TCP (another-node), NodePort"), "{text}");
+    assert_eq!(elsewhere.ways.len(), 1);
+    let local = node.frontends.get_mut(&key([0, 0, 0, 0], 30080)).unwrap();
+    local.flags |= frontend_flags::EXTERNAL_LOCAL;
+    let left = ask(&node, "pod", "192.168.1.11:30080");
+    assert!(matches!(left.ways[0].verdict, Verdict::Pass { .. }), "its own pods alone may answer: {left:?}");
+    assert_eq!(ask(&node, "host", "127.0.0.1:30080").ways.len(), 1, "which is not about loopback");
 
     let value = node.frontends.get_mut(&key([10, 0, 0, 100], 80)).unwrap();
     value.flags |= frontend_flags::AFFINITY;

@@ -2,7 +2,7 @@
 //! out.
 //!
 //! They have a section of their own. To the compiler they are constants like any other, and in the common section it lets one
-//! stand for whatever else has the same bytes: a map's key of 0 became the one that the loader had set to 1.
+//! stand for whatever else has the same bytes: a map's key of 0 once became what the loader had set to 1.
 
 use kinesin_abi::MAGLEV_TABLE_SIZE;
 
@@ -29,8 +29,4 @@ loaded! {
 loaded! {
     /// Entries of the Maglev tables (`bpf-lb-maglev-table-size`).
     MAGLEV_SIZE, maglev_size: u32 = MAGLEV_TABLE_SIZE
-}
-loaded! {
-    /// 1 where the kernel has a clock that it reads from memory (Linux 5.11).
-    COARSE_CLOCK, coarse_clock: u32 = 0
 }

@@ -208,12 +208,12 @@ pub fn source_address<F: Family>(egress: u32, ingress: u32) -> Option<Addr> {
     of(egress).or_else(|| of(ingress))
 }
 
-/// CLOCK_MONOTONIC in nanoseconds, as of the last tick where the kernel offers that: no interval that is looked at is as short
-/// as two, and reading the counter took a tenth of what a known packet costs.
+/// CLOCK_MONOTONIC in nanoseconds, as of the last tick: no interval that is looked at is as short as two, and reading the
+/// counter took a tenth of what a known packet costs. For kernels without it the loader writes the other helper instead.
 #[inline(always)]
 pub fn now() -> u64 {
     // SAFETY: no arguments.
-    unsafe { if loaded::coarse_clock() != 0 { h::bpf_ktime_get_coarse_ns() } else { h::bpf_ktime_get_ns() } }
+    unsafe { h::bpf_ktime_get_coarse_ns() }
 }
 
 /// Whether the agent lives.

@@ -5,8 +5,8 @@
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated as h};
 use kinesin_abi::{
-    Addr, AffinityKey, Backend, BackendId, Be16, FrontendKind, FrontendValue, SocketKey, SocketValue, frontend_flags,
-    proto,
+    Addr, AffinityKey, Backend, BackendId, Be16, FrontendKind, FrontendValue, PeerKey, SocketKey, SocketValue,
+    frontend_flags, proto,
 };
 
 use crate::{affinity, loaded, lookup};
@@ -147,19 +147,37 @@ fn choose(ctx: Context, frontend: &FrontendValue) -> Option<(BackendId, &'static
 }
 
 /// The frontend of a destination. The node's loopback addresses lead to NodePorts and host ports, as they do with
-/// kube-proxy; those of a pod are the pod's own.
+/// kube-proxy; those of a pod are the pod's own. NodePorts of other nodes are served here.
 #[inline(always)]
 fn frontend(ctx: Context, to: Destination, protocol: u8) -> Option<&'static FrontendValue> {
     if let Some(frontend) = lookup::frontend_exact(to.addr, to.port, protocol) {
         return (frontend.flags & frontend_flags::WILDCARD == 0).then_some(frontend);
     }
-    let every = any_address(&to.addr)?;
+    let Some(every) = any_address(&to.addr) else { return node_port_elsewhere(&to, protocol) };
     if !on_the_node(ctx.cast()) {
         return None;
     }
     let frontend = lookup::frontend_exact(every, to.port, protocol)?;
     let kind = frontend.flags & frontend_flags::KIND;
     (kind == FrontendKind::NodePort as u32 || kind == FrontendKind::HostPort as u32).then_some(frontend)
+}
+
+/// What another node serves at a NodePort, which is what this one does: without the way there, and with the client's own
+/// address. Not where only the pods of that node may answer (`externalTrafficPolicy: Local`).
+#[inline(always)]
+fn node_port_elsewhere(to: &Destination, protocol: u8) -> Option<&'static FrontendValue> {
+    if !lookup::is_node_port(to.port) {
+        return None;
+    }
+    let peer = lookup::peer(&PeerKey::of_addr(&to.addr))?;
+    let (is_the_peers, every) = if to.addr.is_v4() {
+        (peer.ipv4 == to.addr.v4_raw(), Addr::from_v4_raw(0))
+    } else {
+        (peer.ipv6 == to.addr, Addr::UNSPECIFIED)
+    };
+    let frontend = lookup::frontend_exact(every, to.port, protocol)?;
+    let is_node_port = frontend.flags & frontend_flags::KIND == FrontendKind::NodePort as u32;
+    (is_the_peers && is_node_port && frontend.flags & frontend_flags::EXTERNAL_LOCAL == 0).then_some(frontend)
 }
 
 /// Whether the socket of a cgroup program's context is in the node's network namespace.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use kinesin::lab::programs::How;
-use kinesin::lab::{CLIENT_ADDRESS, CLIENT_ADDRESS6, ECHO_PORT, HTTP_PORT};
+use kinesin::lab::{CLIENT_ADDRESS, CLIENT_ADDRESS6, ECHO_PORT, HTTP_PORT, ROUTER_ADDRESS};
 
 /// The node by which the LAN client comes in, and through whose address NodePorts of another node are asked.
 pub(crate) const ENTRY: usize = 1;
@@ -55,18 +55,18 @@ pub(crate) struct Service {
     pub(crate) local_inside: bool,
     /// The backend's node.
     pub(crate) home: usize,
-    pub(crate) family: Family,
+    pub(crate) plan: Plan,
 }
 
-/// The services of a family.
-pub(crate) fn services(family: Family) -> [Service; 6] {
+/// The services.
+pub(crate) fn services(plan: Plan) -> [Service; 6] {
     let of = |number, name, [local_outside, local_inside]: [bool; 2], home| Service {
         number,
         name,
         local_outside,
         local_inside,
         home,
-        family,
+        plan,
     };
     [
         of(1, "cluster-at-entry", [false, false], ENTRY),
@@ -85,26 +85,46 @@ pub(crate) enum Family {
     V6,
 }
 
-impl Family {
+/// Who has which address: by family, and by how many segments the nodes are on in turn, with a router between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) family: Family,
+    pub(crate) segments: usize,
+}
+
+impl Plan {
+    pub(crate) fn segment(self, node: usize) -> usize {
+        (node - 1) % self.segments
+    }
+
     pub(crate) fn node(self, number: usize) -> IpAddr {
-        match self {
-            Self::V4 => Ipv4Addr::new(10, 0, 0, 10 + number as u8).into(),
-            Self::V6 => Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x10 + number as u16).into(),
+        let (segment, last) = (self.segment(number), number);
+        match self.family {
+            Family::V4 => Ipv4Addr::new(10, 0, segment as u8, 10 + last as u8).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0x10, segment as u16, 0, 0, 0, 0, 0x10 + last as u16).into(),
+        }
+    }
+
+    /// The router, on the client's segment.
+    pub(crate) fn router(self) -> IpAddr {
+        match self.family {
+            Family::V4 => ROUTER_ADDRESS.into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 1).into(),
         }
     }
 
     fn pod(self, node: usize, number: usize) -> IpAddr {
-        match self {
-            Self::V4 => Ipv4Addr::new(10, 42, node as u8, number as u8).into(),
-            Self::V6 => Ipv6Addr::new(0xfd00, 0x42, node as u16, 0, 0, 0, 0, number as u16).into(),
+        match self.family {
+            Family::V4 => Ipv4Addr::new(10, 42, node as u8, number as u8).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0x42, node as u16, 0, 0, 0, 0, number as u16).into(),
         }
     }
 
     /// `10.<network>.0.<last>`, or `fd00:<network>::<last>`.
     fn at(self, network: u8, last: u8) -> IpAddr {
-        match self {
-            Self::V4 => Ipv4Addr::new(10, network, 0, last).into(),
-            Self::V6 => {
+        match self.family {
+            Family::V4 => Ipv4Addr::new(10, network, 0, last).into(),
+            Family::V6 => {
                 let digits = |n: u8| u16::from_str_radix(&n.to_string(), 16).unwrap();
                 Ipv6Addr::new(0xfd00, digits(network), 0, 0, 0, 0, 0, digits(last)).into()
             }
@@ -112,32 +132,32 @@ impl Family {
     }
 
     fn client(self) -> IpAddr {
-        match self {
-            Self::V4 => CLIENT_ADDRESS.into(),
-            Self::V6 => CLIENT_ADDRESS6.into(),
+        match self.family {
+            Family::V4 => CLIENT_ADDRESS.into(),
+            Family::V6 => CLIENT_ADDRESS6.into(),
         }
     }
 
     fn loopback(self) -> IpAddr {
-        match self {
-            Self::V4 => Ipv4Addr::LOCALHOST.into(),
-            Self::V6 => Ipv6Addr::LOCALHOST.into(),
+        match self.family {
+            Family::V4 => Ipv4Addr::LOCALHOST.into(),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
         }
     }
 
     /// As Kubernetes calls it.
     const fn name(self) -> &'static str {
-        match self {
-            Self::V4 => "IPv4",
-            Self::V6 => "IPv6",
+        match self.family {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
         }
     }
 
     /// The networks of ClusterIPs and external IPs.
     pub(crate) fn routed(self) -> [&'static str; 2] {
-        match self {
-            Self::V4 => ["10.43.0.0/16", "10.50.0.0/16"],
-            Self::V6 => ["fd00:43::/64", "fd00:50::/64"],
+        match self.family {
+            Family::V4 => ["10.43.0.0/16", "10.50.0.0/16"],
+            Family::V6 => ["fd00:43::/64", "fd00:50::/64"],
         }
     }
 }
@@ -149,18 +169,18 @@ pub(crate) const HOST_PORT: u16 = 8088;
 
 impl Service {
     pub(crate) fn cluster_ip(&self) -> IpAddr {
-        self.family.at(43, 10 + self.number)
+        self.plan.at(43, 10 + self.number)
     }
 
     pub(crate) fn vip(&self) -> IpAddr {
-        match self.family {
-            Family::V4 => self.family.at(0, 100 + self.number),
-            Family::V6 => self.family.at(10, 90 + self.number),
+        match self.plan.family {
+            Family::V4 => self.plan.at(0, 100 + self.number),
+            Family::V6 => self.plan.at(10, 90 + self.number),
         }
     }
 
     pub(crate) fn external_ip(&self) -> IpAddr {
-        self.family.at(50, 10 + self.number)
+        self.plan.at(50, 10 + self.number)
     }
 
     pub(crate) fn node_port(&self) -> u16 {
@@ -183,7 +203,7 @@ impl Service {
     }
 
     pub(crate) fn backend_address(&self) -> IpAddr {
-        self.family.pod(self.home, 1)
+        self.plan.pod(self.home, 1)
     }
 }
 
@@ -209,25 +229,25 @@ impl Cell {
     /// The client's own address.
     pub(crate) fn client(&self) -> IpAddr {
         match self.position {
-            Position::Lan => self.service.family.client(),
-            Position::Host(number) => self.service.family.node(number),
-            Position::Pod(node) => self.service.family.pod(node, 2),
+            Position::Lan => self.service.plan.client(),
+            Position::Host(number) => self.service.plan.node(number),
+            Position::Pod(node) => self.service.plan.pod(node, 2),
             Position::Hairpin => self.service.backend_address(),
         }
     }
 
     pub(crate) fn to(&self) -> SocketAddr {
-        let family = self.service.family;
+        let plan = self.service.plan;
         let node_port = |ip: IpAddr| SocketAddr::new(ip, self.service.node_port());
         match self.target {
             Target::ClusterIp => (self.service.cluster_ip(), PORT).into(),
             Target::LoadBalancer => (self.service.vip(), PORT).into(),
             Target::ExternalIp => (self.service.external_ip(), PORT).into(),
-            Target::OwnNodePort => node_port(family.node(self.node().unwrap_or(ENTRY))),
-            Target::EntryNodePort => node_port(family.node(ENTRY)),
-            Target::LoopbackNodePort => node_port(family.loopback()),
-            Target::HostPort => (family.node(self.service.home), HOST_PORT).into(),
-            Target::LoopbackHostPort => (family.loopback(), HOST_PORT).into(),
+            Target::OwnNodePort => node_port(plan.node(self.node().unwrap_or(ENTRY))),
+            Target::EntryNodePort => node_port(plan.node(ENTRY)),
+            Target::LoopbackNodePort => node_port(plan.loopback()),
+            Target::HostPort => (plan.node(self.service.home), HOST_PORT).into(),
+            Target::LoopbackHostPort => (plan.loopback(), HOST_PORT).into(),
         }
     }
 
@@ -261,7 +281,7 @@ impl fmt::Display for Cell {
 }
 
 /// All of them.
-pub(crate) fn cells(family: Family) -> Vec<Cell> {
+pub(crate) fn cells(plan: Plan) -> Vec<Cell> {
     let positions = [
         Position::Lan,
         Position::Host(ENTRY),
@@ -285,7 +305,7 @@ pub(crate) fn cells(family: Family) -> Vec<Cell> {
     let mut all = Vec::new();
     for position in positions {
         for target in targets {
-            for service in services(family) {
+            for service in services(plan) {
                 for how in [How::Tcp, How::UdpConnected, How::UdpUnconnected] {
                     let cell = Cell { position, target, service, how };
                     all.extend(cell.is_legal().then_some(cell));
@@ -297,14 +317,14 @@ pub(crate) fn cells(family: Family) -> Vec<Cell> {
 }
 
 /// What the services forward to, by protocol: HTTP, and datagrams that ask who is there.
-pub(crate) fn manifests(family: Family) -> String {
+pub(crate) fn manifests(plan: Plan) -> String {
     let mut text = String::new();
-    for service in services(family) {
+    for service in services(plan) {
         let policy = |local| if local { "Local" } else { "Cluster" };
         let (name, outside, inside) = (service.name, policy(service.local_outside), policy(service.local_inside));
         let (cluster_ip, vip, external) = (service.cluster_ip(), service.vip(), service.external_ip());
         let (node_port, home, entry) = (service.node_port(), service.home, service.announcer());
-        let ip_family = family.name();
+        let ip_family = plan.name();
         let (pod, address, echo) = (service.backend(), service.backend_address(), ECHO_PORT);
         text.push_str(&format!(
             "\
@@ -340,7 +360,7 @@ endpoints:
 "
         ));
     }
-    let (first, last) = (services(family)[0].vip(), services(family)[5].vip());
+    let (first, last) = (services(plan)[0].vip(), services(plan)[5].vip());
     text.push_str(&format!(
         "\
 ---
@@ -351,7 +371,7 @@ spec: {{blocks: [{{start: \"{first}\", stop: \"{last}\"}}]}}
 "
     ));
     for number in [ENTRY, OTHER] {
-        let address = family.pod(number, 1);
+        let address = plan.pod(number, 1);
         text.push_str(&format!(
             "\
 ---
@@ -378,7 +398,7 @@ spec:
         ));
     }
     for number in [ENTRY, OTHER, BARE] {
-        let address = family.node(number);
+        let address = plan.node(number);
         text.push_str(&format!(
             "\
 ---

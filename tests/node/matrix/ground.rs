@@ -13,7 +13,7 @@ use kinesin::net::rtnl::{Route, Rtnl};
 use serde_json::Value;
 
 use super::Mode;
-use super::cells::{BARE, Cell, ENTRY, Family, HOST_PORT, OTHER, Position, manifests, services};
+use super::cells::{BARE, Cell, ENTRY, Family, HOST_PORT, OTHER, Plan, Position, manifests, services};
 use super::rules::{Expected, entered_by};
 
 /// Source port of the first probe.
@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Ground {
     agents: BTreeMap<usize, AgentHandle>,
-    family: Family,
+    plan: Plan,
     mode: Mode,
     lab: Lab,
 }
@@ -34,12 +34,15 @@ fn rows(list: &Value) -> impl Iterator<Item = &Value> {
 }
 
 impl Ground {
-    pub(crate) async fn new(name: &str, family: Family, mode: Mode) -> Self {
+    pub(crate) async fn new(name: &str, plan: Plan, mode: Mode) -> Self {
         let builder = Lab::builder(name).binary(env!("CARGO_BIN_EXE_kinesin"));
-        let lab = builder.nodes(3).pods_per_node(2).dual_stack().build().await.unwrap();
+        let lab = builder.segments(plan.segments).nodes(3).pods_per_node(2).dual_stack().build().await.unwrap();
         let file = lab.manifests_dir().join("all.yaml");
-        std::fs::write(file, manifests(family)).unwrap();
-        let options = AgentOptions::on_manifests(&lab).config("bpf-lb-mode", mode.key).config("enable-ipv6", "true");
+        std::fs::write(file, manifests(plan)).unwrap();
+        let mut options = AgentOptions::on_manifests(&lab).config("enable-ipv6", "true");
+        for (key, value) in mode.keys {
+            options = options.config(key, value);
+        }
         let agents = [ENTRY, OTHER, BARE].map(|number| (number, lab.node(number).start_agent(&options).unwrap()));
         for home in [ENTRY, OTHER] {
             lab.pod(home, 1).serve().await.unwrap();
@@ -47,11 +50,19 @@ impl Ground {
         // What is not on the LAN, the client reaches by the entry node, as by a router's static route.
         let rtnl = Rtnl::open_in(lab.client().netns()).unwrap();
         let eth0 = rtnl.device("eth0").await.unwrap().ifindex;
-        for network in family.routed() {
-            let (to, via) = (network.parse().unwrap(), Some(family.node(ENTRY)));
+        for network in plan.routed() {
+            let (to, via) = (network.parse().unwrap(), Some(plan.node(ENTRY)));
             rtnl.add_route(Route { to, via, ifindex: eth0, source: None }).await.unwrap();
         }
-        let ground = Self { agents: BTreeMap::from(agents), family, mode, lab };
+        // Nobody answers ARP and NDP across a router: it knows where such addresses are, as by BGP.
+        let router = Rtnl::open_in(lab.lan()).unwrap();
+        for service in services(plan).iter().filter(|service| plan.segment(service.announcer()) != 0) {
+            let (to, node) = (service.vip().into(), plan.node(service.announcer()));
+            rtnl.add_route(Route { to, via: Some(plan.router()), ifindex: eth0, source: None }).await.unwrap();
+            let behind = router.device(&format!("lan{}", plan.segment(service.announcer()))).await.unwrap().ifindex;
+            router.add_route(Route { to, via: Some(node), ifindex: behind, source: None }).await.unwrap();
+        }
+        let ground = Self { agents: BTreeMap::from(agents), plan, mode, lab };
         ground.ready().await;
         ground
     }
@@ -73,7 +84,7 @@ impl Ground {
 
     /// Says what is not there yet.
     async fn missing(&self) -> Result<(), String> {
-        let programs = match self.family {
+        let programs = match self.plan.family {
             Family::V4 => ["cil_from_netdev", "cil_to_netdev", "cil_sock4_connect", "cil_sock4_sendmsg"],
             Family::V6 => ["cil_from_netdev6", "cil_to_netdev6", "cil_sock6_connect", "cil_sock6_sendmsg"],
         };
@@ -87,10 +98,10 @@ impl Ground {
         }
         for number in self.agents.keys() {
             let frontends = self.get(*number, "/v1/services").await?;
-            for service in services(self.family) {
-                let node_port = (self.family.node(*number), service.node_port());
+            for service in services(self.plan) {
+                let node_port = (self.plan.node(*number), service.node_port());
                 let virtual_ips = [service.cluster_ip(), service.vip(), service.external_ip()].map(|ip| (ip, 80));
-                let host_port = (self.family.node(*number), HOST_PORT);
+                let host_port = (self.plan.node(*number), HOST_PORT);
                 let host_port = (service.home == *number && service.stands_for_its_pod()).then_some(host_port);
                 let addresses: Vec<_> = virtual_ips
                     .into_iter()
@@ -107,7 +118,7 @@ impl Ground {
                 }
             }
         }
-        for service in services(self.family) {
+        for service in services(self.plan) {
             let vips = self.get(service.announcer(), "/v1/vips").await?;
             let vip = service.vip().to_string();
             let announced = rows(&vips).any(|v| v["address"] == vip.as_str() && v["state"] == "announcing");
@@ -116,11 +127,11 @@ impl Ground {
             }
         }
         // Frames are handed on to neighbours that the agent has seen to be nodes.
-        for number in self.agents.keys().filter(|_| self.mode.keeps_client) {
+        for number in self.agents.keys().filter(|_| self.mode.keeps(How::Tcp)) {
             let peers = self.get(*number, "/v1/tables/peers").await?;
             let takes_new = |row: &&Value| {
                 let field = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
-                field("key").starts_with("node ") && field("value").ends_with("takes-new")
+                field("key").starts_with("node ") && field("value").contains("takes-new")
             };
             let known = rows(&peers["rows"]).filter(takes_new).count();
             if known + 1 != self.agents.len() {
@@ -220,7 +231,7 @@ impl Ground {
             let fits = match expected {
                 Expected::Answered { .. } => {
                     let kind = verdict["kind"].as_str().unwrap_or_default();
-                    ["connects", "translated", "sent", "handed-on"].contains(&kind)
+                    ["connects", "translated", "sent", "handed-on", "wrapped"].contains(&kind)
                         && backend.parse::<SocketAddr>().is_ok_and(|to| to.ip() == cell.service.backend_address())
                 }
                 Expected::Denied => verdict["kind"] == "denied",

@@ -30,6 +30,12 @@ pub(crate) fn entered_by(cell: &Cell) -> Option<usize> {
     match (cell.position, cell.target) {
         (_, Target::HostPort) => Some(cell.service.home).filter(|home| cell.node() != Some(*home)),
         (Position::Lan, Target::LoadBalancer) => Some(cell.service.announcer()),
+        // A NodePort is the same at every node, and served where the socket is; unless only that node's pods may answer.
+        (Position::Host(_) | Position::Pod(_) | Position::Hairpin, Target::EntryNodePort)
+            if !cell.service.local_outside =>
+        {
+            None
+        }
         (Position::Lan, _) | (_, Target::EntryNodePort) => Some(ENTRY),
         _ => None,
     }
@@ -55,8 +61,8 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
     }
     // What comes from the backend's own node is not handed back to it: its stack would take the client's address, which is
     // its own or its pod's, for a forged one.
-    let handed_on = mode.keeps_client && cell.node() != Some(service.home);
-    if entry == service.home || handed_on { answered(cell.client()) } else { answered(service.family.node(entry)) }
+    let handed_on = mode.keeps(cell.how) && cell.node() != Some(service.home);
+    if entry == service.home || handed_on { answered(cell.client()) } else { answered(service.plan.node(entry)) }
 }
 
 impl Expected {
