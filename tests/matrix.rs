@@ -1,5 +1,6 @@
 //! Every legal client position × frontend × policy × protocol, with real agents, real sockets and real packets: who
-//! answers, whom the pod sees as its client, and what is refused. One lab per family and mode, shared by all its cells.
+//! answers, whom the pod sees as its client, and what is refused. One lab per family and mode, shared by all its cells; those
+//! of dispatches that cross routers have the other backends' node behind one.
 
 #![allow(clippy::unwrap_used, reason = "a panic here is a failed test")]
 #![allow(clippy::print_stdout, reason = "what is left out is told in the test's output")]
@@ -80,52 +81,26 @@ async fn holds(name: &str, family: Family, mode: Mode) {
     );
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv4_snat() {
-    holds("matrix-snat", Family::V4, SNAT).await;
+macro_rules! labs {
+    ($($test:ident: $name:literal, $family:ident, $mode:ident;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() {
+                holds($name, Family::$family, $mode).await;
+            }
+        )*
+    };
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv6_snat() {
-    holds("matrix-snat6", Family::V6, SNAT).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv4_l2() {
-    holds("matrix-l2", Family::V4, L2).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv6_l2() {
-    holds("matrix-l2-6", Family::V6, L2).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv4_ipip() {
-    holds("matrix-ipip", Family::V4, IPIP).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv6_ipip() {
-    holds("matrix-ipip6", Family::V6, IPIP).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv4_opt() {
-    holds("matrix-opt", Family::V4, OPT).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv6_opt() {
-    holds("matrix-opt6", Family::V6, OPT).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv4_hybrid() {
-    holds("matrix-hybrid", Family::V4, HYBRID).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ipv6_hybrid() {
-    holds("matrix-hybrid6", Family::V6, HYBRID).await;
+labs! {
+    ipv4_snat: "matrix-snat", V4, SNAT;
+    ipv6_snat: "matrix-snat6", V6, SNAT;
+    ipv4_l2: "matrix-l2", V4, L2;
+    ipv6_l2: "matrix-l2-6", V6, L2;
+    ipv4_ipip: "matrix-ipip", V4, IPIP;
+    ipv6_ipip: "matrix-ipip6", V6, IPIP;
+    ipv4_opt: "matrix-opt", V4, OPT;
+    ipv6_opt: "matrix-opt6", V6, OPT;
+    ipv4_hybrid: "matrix-hybrid", V4, HYBRID;
+    ipv6_hybrid: "matrix-hybrid6", V6, HYBRID;
 }

@@ -65,8 +65,6 @@ pub struct SocketReaper {
     /// What is over and when it is due.
     pending: Vec<(Instant, Gone)>,
     due: Option<Timer>,
-    /// What the last try was refused for.
-    refused: Option<String>,
 }
 
 impl Actor for SocketReaper {
@@ -75,19 +73,18 @@ impl Actor for SocketReaper {
 
     async fn start(world: World, me: Address<SocketReaperMsg>) -> Result<Self, Failure> {
         let wake = me.waker(|| SocketReaperMsg::Wake);
-        let mut reaper = Self {
+        let reaper = Self {
             services: world.compiled.subscribe(wake),
             seen: HashMap::new(),
             looked: false,
             pending: Vec::new(),
             due: None,
-            refused: None,
             me,
             world,
         };
         if reaper.world.config().services.socket_lb() {
             let able = tokio::task::spawn_blocking(|| SockDiag::open()?.can_destroy(proto::UDP)).await?;
-            reaper.note(able.err().map(|error| reason(&error)));
+            reaper.note(able.err().map(|error| reason(&error)).as_deref());
         }
         Ok(reaper)
     }
@@ -167,19 +164,18 @@ impl SocketReaper {
             tracing::info!(protocol = name, sockets = count, "sockets of removed backends ended");
         }
         if ended.error.is_some() || !ended.count.is_empty() {
-            self.note(ended.error);
+            self.note(ended.error.as_deref());
         }
         Ok(())
     }
 
-    fn note(&mut self, refused: Option<String>) {
-        let text = refused.as_ref().map(|why| {
+    fn note(&self, refused: Option<&str>) {
+        let text = refused.map(|why| {
             format!(
                 "sockets connected to removed backends are not ended, their owners must reconnect by themselves: {why}"
             )
         });
         self.world.problems.set("sockets", text.into_iter().collect());
-        self.refused = refused;
     }
 }
 

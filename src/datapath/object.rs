@@ -93,7 +93,7 @@ pub(super) fn with_exact_clock(object: &[u8]) -> Result<Vec<u8>, String> {
     for (at, length) in code(&object).ok_or("the object's sections are cut short")? {
         let code = object.get_mut(at..at + length).ok_or("the object's programs are cut short")?;
         // The second half of a wide instruction has no code, so it is no call.
-        for instruction in code.chunks_exact_mut(INSTRUCTION).filter(|i| i.starts_with(&CALL)) {
+        for instruction in code.as_chunks_mut::<INSTRUCTION>().0.iter_mut().filter(|i| i.starts_with(&CALL)) {
             if instruction[4..] == COARSE_CLOCK.to_le_bytes() {
                 instruction[4..].copy_from_slice(&CLOCK.to_le_bytes());
             }
@@ -148,8 +148,8 @@ mod tests {
 
     fn calls(object: &[u8], helper: u32) -> usize {
         let of = |(at, length): (usize, usize)| {
-            let instructions = object[at..at + length].chunks_exact(INSTRUCTION);
-            instructions.filter(|i| i.starts_with(&CALL) && i[4..] == helper.to_le_bytes()).count()
+            let (instructions, _) = object[at..at + length].as_chunks::<INSTRUCTION>();
+            instructions.iter().filter(|i| i.starts_with(&CALL) && i[4..] == helper.to_le_bytes()).count()
         };
         code(object).expect("a whole object").into_iter().map(of).sum()
     }
