@@ -24,9 +24,10 @@ pub(crate) const SINK_PORT: u16 = 5_001;
 const TURN: Duration = Duration::from_millis(500);
 const TURNS: usize = 15;
 pub(crate) const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
-/// Apart from each other, so that no balancer meets the same two ends once translated and once not.
-pub(crate) const PORTS_THROUGH: &str = "10000 35000";
-const PORTS_DIRECT: &str = "36000 60999";
+/// Both of Linux' own range, as clients have them. Apart from each other, so that no balancer meets the same two ends once
+/// translated and once not.
+pub(crate) const PORTS_THROUGH: &str = "32768 46999";
+const PORTS_DIRECT: &str = "47000 60999";
 const CONNECTIONS: usize = 8;
 /// No answer for so long is a connection that does not work; on a busy machine, a server has not run for seconds.
 const STUCK: Duration = Duration::from_secs(20);
