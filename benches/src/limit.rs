@@ -4,22 +4,17 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use anyhow::Context;
 use kinesin::lab::Pod;
 use kinesin::net::Rtnl;
 use kinesin::net::rtnl::Route;
 
+use crate::bpf::{self, Foreign, insn};
 use crate::cluster::Cluster;
 
-/// Commands (`enum bpf_cmd`), and what they are about.
-const PROG_LOAD: u32 = 5;
-const LINK_CREATE: u32 = 28;
-const SCHED_CLS: u32 = 3;
-const TCX_INGRESS: u32 = 46;
-
-/// Where the destination address and the destination MAC are in a frame.
+/// Where the destination address is in a frame.
 const IP_DESTINATION: u32 = 30;
 
 /// An address of the pod that leads by way of the entry node, and the program there, for as long as this lives.
@@ -45,21 +40,14 @@ impl Bare {
             let macs = own.mac.zip(behind.device("eth0").await?.mac).context("eth0 of a node has no MAC")?;
             anyhow::Ok((own.ifindex, macs))
         })?;
-        let link = entry.netns().run(|| attach(&load(address, macs, ifindex)?, ifindex))??;
+        let link = entry.netns().run(|| load(address, macs, ifindex)?.link(ifindex, bpf::TCX_INGRESS, 0))??;
         Ok(Self { _link: link })
     }
 }
 
-/// One instruction (`struct bpf_insn`).
-const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: u32) -> u64 {
-    let [a, b] = off.to_ne_bytes();
-    let [i, j, k, l] = imm.to_ne_bytes();
-    u64::from_ne_bytes([code, src << 4 | dst, a, b, i, j, k, l])
-}
-
 /// Loads the program: frames to the address get both MACs, `from` first, and leave by the device that they came in. As their
 /// sender, the client would seem to be behind the entry node, and what is for it would go there.
-fn load(address: Ipv4Addr, (from, to): ([u8; 6], [u8; 6]), ifindex: u32) -> io::Result<OwnedFd> {
+fn load(address: Ipv4Addr, (from, to): ([u8; 6], [u8; 6]), ifindex: u32) -> io::Result<Foreign> {
     let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (to, from);
     let code = [
         insn(0xbf, 6, 1, 0, 0),                                   // r6 = context
@@ -83,28 +71,5 @@ fn load(address: Ipv4Addr, (from, to): ([u8; 6], [u8; 6]), ifindex: u32) -> io::
         insn(0x85, 0, 0, 0, 23),                                  // bpf_redirect
         insn(0x95, 0, 0, 0, 0),                                   //
     ];
-    let license = c"GPL";
-    let attr = [words(SCHED_CLS, code.len() as u32), code.as_ptr() as u64, license.as_ptr() as u64, 0, 0, 0, 0, 0, 0];
-    bpf(PROG_LOAD, &attr)
-}
-
-/// Attaches a program to the ingress of a device; the link takes it off when it is closed.
-fn attach(program: &OwnedFd, ifindex: u32) -> io::Result<OwnedFd> {
-    bpf(LINK_CREATE, &[words(program.as_raw_fd() as u32, ifindex), words(TCX_INGRESS, 0), 0, 0, 0, 0])
-}
-
-/// Two words in memory order.
-fn words(first: u32, second: u32) -> u64 {
-    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn bpf(command: u32, attr: &[u64]) -> io::Result<OwnedFd> {
-    // SAFETY: the attribute is readable for its whole size, and what it points to is kept by the callers above.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), size_of_val(attr)) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just returned it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Foreign::of(bpf::SCHED_CLS, 0, &code)
 }

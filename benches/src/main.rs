@@ -7,6 +7,8 @@
 #![allow(clippy::print_stdout, reason = "a program that prints tables")]
 
 mod acceleration;
+#[path = "../../tests/support/bpf.rs"]
+mod bpf;
 mod cluster;
 mod count;
 mod flood;

@@ -226,10 +226,8 @@ async fn make_lan(territory: &Territory, segments: u8, dual_stack: bool) -> Resu
 /// put fragments together. Where it is not, there are no such settings.
 fn pass_filters_by(lan: &Netns) -> Result<(), LabError> {
     let settings = ["arp", "ip", "ip6"].map(|family| format!("bridge/bridge-nf-call-{family}tables"));
-    Ok(lan.run(|| {
-        let loaded = settings.iter().filter(|key| sysctl::read(key).is_ok());
-        loaded.into_iter().try_for_each(|key| sysctl::write(key, "0"))
-    })??)
+    let pass = || settings.iter().filter(|key| sysctl::read(key).is_ok()).try_for_each(|key| sysctl::write(key, "0"));
+    Ok(lan.run(pass)??)
 }
 
 /// Tells the router where the pods of a node are.

@@ -15,6 +15,7 @@ const PROG_LOAD: u32 = 5;
 const PROG_ATTACH: u32 = 8;
 const PROG_DETACH: u32 = 9;
 const PROG_QUERY: u32 = 16;
+const LINK_CREATE: u32 = 28;
 const LINK_DETACH: u32 = 34;
 
 /// Program types (`enum bpf_prog_type`).
@@ -30,6 +31,7 @@ pub const TCX_EGRESS: u32 = 47;
 /// Flags of attaching; 0 to a cgroup means alone.
 pub const ALLOW_MULTI: u32 = 2;
 pub const BEFORE: u32 = 8;
+pub const AFTER: u32 = 16;
 
 /// `TCX_NEXT`, `TC_ACT_UNSPEC`
 pub const NEXT: i32 = -1;
@@ -46,16 +48,32 @@ fn words(first: u32, second: u32) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// A loaded program that returns a constant; what it is attached to keeps it.
+/// One instruction (`struct bpf_insn`), in memory order.
+pub const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: u32) -> u64 {
+    let [a, b] = off.to_ne_bytes();
+    let [i, j, k, l] = imm.to_ne_bytes();
+    u64::from_ne_bytes([code, src << 4 | dst, a, b, i, j, k, l])
+}
+
+/// A loaded program; what it is attached to keeps it.
 pub struct Foreign {
     fd: OwnedFd,
     pub id: u32,
 }
 
 impl Foreign {
+    /// One that returns a constant.
     pub fn load(kind: u32, attach_type: u32, returns: i32) -> Self {
         // r0 = returns; exit
-        let code = [words(0xb7, returns as u32), words(0x95, 0)];
+        let code = [insn(0xb7, 0, 0, 0, returns as u32), insn(0x95, 0, 0, 0, 0)];
+        Self::of(kind, attach_type, &code).expect("the kernel takes a constant")
+    }
+
+    /// One of these instructions.
+    ///
+    /// # Errors
+    /// The verifier's refusal, without its words.
+    pub fn of(kind: u32, attach_type: u32, code: &[u64]) -> io::Result<Self> {
         let license = c"GPL";
         let name = words(u32::from_ne_bytes(*b"fore"), u32::from_ne_bytes(*b"ign\0"));
         let attr = [
@@ -69,17 +87,24 @@ impl Foreign {
             0,
             words(0, attach_type),
         ];
-        let fd = bpf(PROG_LOAD, &attr).expect("the kernel takes a constant");
+        let fd = bpf(PROG_LOAD, &attr)?;
         // SAFETY: the kernel has just returned it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd())).unwrap();
         let id = info.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok()).unwrap();
-        Self { fd, id }
+        Ok(Self { fd, id })
     }
 
     /// `target`: an interface index or a cgroup's file descriptor.
     pub fn attach(&self, target: u32, attach_type: u32, flags: u32) -> io::Result<()> {
         bpf(PROG_ATTACH, &[words(target, self.fd.as_raw_fd() as u32), words(attach_type, flags), 0, 0]).map(drop)
+    }
+
+    /// Attaches it by a link, which takes it off when it is closed. `flags`: its order among others.
+    pub fn link(&self, ifindex: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+        let attr = [words(self.fd.as_raw_fd() as u32, ifindex), words(attach_type, flags), 0, 0, 0, 0];
+        // SAFETY: the kernel has just returned it.
+        bpf(LINK_CREATE, &attr).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     pub fn detach(&self, target: u32, attach_type: u32) {

@@ -1,7 +1,5 @@
 //! Sockets of the node and its pods: `sock.rs` of the programs, told.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
 use kinesin_abi::{
     Addr, AffinityKey, Be16, FLOW_REPLY, FrontendKey, FrontendKind, FrontendValue, PeerKey, frontend_flags, proto,
 };
@@ -62,9 +60,7 @@ impl<V: View> Tracer<'_, V> {
                 return Ok(Some((exact, "exact", frontend)));
             }
         } else if let Some((by, kinds)) = self.stands_for_all(host)? {
-            let v6 = self.packet.dst.is_ipv6();
-            let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-            let key = FrontendKey { addr: any.into(), ..exact };
+            let key = FrontendKey { addr: exact.addr.every(), ..exact };
             tried.push(text::frontend(&key));
             if let Some(frontend) = self.view.frontend(&key)? {
                 let local = frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 && by == OF_ANOTHER_NODE;
@@ -86,13 +82,12 @@ impl<V: View> Tracer<'_, V> {
             return Ok(host.then_some(("any-local-address", &[FrontendKind::NodePort, FrontendKind::HostPort])));
         }
         let settings = self.view.settings()?;
-        let ports = settings.node_port_min..=settings.node_port_max;
-        let peer = self.view.peer(&PeerKey::of_addr(&dst.into()))?;
-        let is_the_peers = peer.is_some_and(|peer| match dst {
-            IpAddr::V4(v4) => peer.ipv4 == Addr::from(v4).v4_raw(),
-            IpAddr::V6(v6) => peer.ipv6 == v6.into(),
-        });
-        Ok((is_the_peers && ports.contains(&self.packet.dport)).then_some((OF_ANOTHER_NODE, &[FrontendKind::NodePort])))
+        if !(settings.node_port_min..=settings.node_port_max).contains(&self.packet.dport) {
+            return Ok(None);
+        }
+        let dst = Addr::from(dst);
+        let peer = self.view.peer(&PeerKey::of_addr(&dst))?.filter(|peer| peer.is_at(&dst));
+        Ok(peer.map(|_| (OF_ANOTHER_NODE, [FrontendKind::NodePort].as_slice())))
     }
 
     fn choose_for_socket(&mut self, frontend: &FrontendValue, netns: Option<u64>) -> Result<Vec<Candidate>, V::Error> {

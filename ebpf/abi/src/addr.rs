@@ -39,6 +39,12 @@ impl Addr {
         self.words[0] | self.words[1] | (self.words[2] ^ MAPPED) == 0
     }
 
+    /// What stands for every address of this one's family: `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub const fn every(&self) -> Self {
+        if self.is_v4() { Self::from_v4_raw(0) } else { Self::UNSPECIFIED }
+    }
+
     /// All four words zero: no address at all.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {

@@ -89,6 +89,12 @@ pub const PEER_TAKES_NEW: u16 = 1;
 pub const PEER_BY_ROUTE: u16 = 2;
 
 impl PeerValue {
+    /// Whether this is its address.
+    #[inline(always)]
+    pub fn is_at(&self, addr: &Addr) -> bool {
+        if addr.is_v4() { self.ipv4 == addr.v4_raw() } else { self.ipv6 == *addr }
+    }
+
     /// The MAC as bytes, from first to last.
     pub const fn mac_bytes(&self) -> [u8; 6] {
         let ([a, b], [c, d], [e, f]) =

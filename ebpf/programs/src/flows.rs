@@ -51,9 +51,18 @@ pub fn give_way(key: &FlowKey) -> u32 {
         return 0;
     }
     let Some(packet) = lookup::scratch() else { return 0 };
-    packet.quoted = if flow.flags & FLOW_DIRECT != 0 { key.reversed() } else { flow.translated_key(key) };
+    packet.quoted = flow.partner_key(key);
     forget(key);
     forget(&packet.quoted);
+    0
+}
+
+/// Removes an entry of the table that forgets, and counts it.
+#[inline(never)]
+pub fn remove_transient(key: &FlowKey) -> u32 {
+    if TRANSIENT.remove(key).is_ok() {
+        count(FlowCount::Removed);
+    }
     0
 }
 
@@ -61,10 +70,7 @@ pub fn give_way(key: &FlowKey) -> u32 {
 #[inline(never)]
 fn forget(key: &FlowKey) -> u32 {
     let _ = FLOWS.remove(key);
-    if TRANSIENT.remove(key).is_ok() {
-        count(FlowCount::Removed);
-    }
-    0
+    remove_transient(key)
 }
 
 /// The entry for packets of this tuple, whatever its state, for an ICMP error about their partners. Errors neither

@@ -10,7 +10,7 @@ use kinesin_abi::{
 
 use crate::{
     family::Family,
-    flows::{ABSENT, MOVING, SECOND, SETTLED, count, direct_partner, fetch, partner},
+    flows::{ABSENT, MOVING, SECOND, SETTLED, count, direct_partner, fetch, partner, remove_transient},
     local, lookup,
     maps::{FLOW, FLOWS, FLOWS_OLD, TRANSIENT, TRANSIENT_OLD},
     packet::Packet,
@@ -167,19 +167,11 @@ fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, rang
     }
     // Once, and afterwards: who is as unlucky as this tries again.
     if attempt != 0 && result == TAKEN && local::has_socket::<F>(skb, &key) != 0 {
-        result = give_back(&key);
+        remove_transient(&key);
+        result = OCCUPIED;
     }
     forward.sport = key.dport;
     result
-}
-
-/// Removes an entry that was just written.
-#[inline(never)]
-fn give_back(key: &FlowKey) -> u32 {
-    if TRANSIENT.remove(key).is_ok() {
-        count(FlowCount::Removed);
-    }
-    OCCUPIED
 }
 
 /// `EEXIST`, as helpers return it.

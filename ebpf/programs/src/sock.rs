@@ -169,15 +169,10 @@ fn node_port_elsewhere(to: &Destination, protocol: u8) -> Option<&'static Fronte
     if !lookup::is_node_port(to.port) {
         return None;
     }
-    let peer = lookup::peer(&PeerKey::of_addr(&to.addr))?;
-    let (is_the_peers, every) = if to.addr.is_v4() {
-        (peer.ipv4 == to.addr.v4_raw(), Addr::from_v4_raw(0))
-    } else {
-        (peer.ipv6 == to.addr, Addr::UNSPECIFIED)
-    };
-    let frontend = lookup::frontend_exact(every, to.port, protocol)?;
+    let peer = lookup::peer(&PeerKey::of_addr(&to.addr)).filter(|peer| peer.is_at(&to.addr));
+    let frontend = peer.and_then(|_| lookup::frontend_exact(to.addr.every(), to.port, protocol))?;
     let is_node_port = frontend.flags & frontend_flags::KIND == FrontendKind::NodePort as u32;
-    (is_the_peers && is_node_port && frontend.flags & frontend_flags::EXTERNAL_LOCAL == 0).then_some(frontend)
+    (is_node_port && frontend.flags & frontend_flags::EXTERNAL_LOCAL == 0).then_some(frontend)
 }
 
 /// Whether the socket of a cgroup program's context is in the node's network namespace.

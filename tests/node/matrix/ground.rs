@@ -129,13 +129,17 @@ impl Ground {
         // Frames are handed on to neighbours that the agent has seen to be nodes.
         for number in self.agents.keys().filter(|_| self.mode.keeps(How::Tcp)) {
             let peers = self.get(*number, "/v1/tables/peers").await?;
-            let takes_new = |row: &&Value| {
-                let field = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
-                field("key").starts_with("node ") && field("value").contains("takes-new")
+            let ready = |state: &str| {
+                let field = |row: &Value, name: &str| row[name].as_str().unwrap_or_default().to_owned();
+                let of_nodes = rows(&peers["rows"]).filter(|row| field(row, "key").starts_with("node "));
+                of_nodes.filter(|row| field(row, "value").ends_with(state)).count()
             };
-            let known = rows(&peers["rows"]).filter(takes_new).count();
-            if known + 1 != self.agents.len() {
-                return Err(format!("node-{number} knows {known} neighbours: {peers}"));
+            let here = |other: usize| self.plan.segment(other) == self.plan.segment(*number);
+            let near = self.agents.keys().filter(|other| here(**other)).count() - 1;
+            let far = self.agents.len() - 1 - near;
+            let known = [" takes-new", " takes-new by-route"].map(ready);
+            if known != [near, far] {
+                return Err(format!("node-{number} knows {known:?} of {near} neighbours and {far} others: {peers}"));
             }
         }
         Ok(())

@@ -59,10 +59,11 @@ pub(crate) fn expected(cell: &Cell, mode: Mode) -> Expected {
         // Nobody tells a socket that is not connected of ICMP errors.
         return if cell.how == How::UdpUnconnected { Expected::Silent } else { Expected::Refused };
     }
-    // What comes from the backend's own node is not handed back to it: its stack would take the client's address, which is
-    // its own or its pod's, for a forged one.
-    let handed_on = mode.keeps(cell.how) && cell.node() != Some(service.home);
-    if entry == service.home || handed_on { answered(cell.client()) } else { answered(service.plan.node(entry)) }
+    if entry == service.home || mode.keeps(cell.how) {
+        answered(cell.client())
+    } else {
+        answered(service.plan.node(entry))
+    }
 }
 
 impl Expected {
