@@ -213,6 +213,45 @@ fn clients_that_meet_behind_the_node_get_ports_of_their_own_until_there_is_none(
 }
 
 #[test]
+fn a_client_that_comes_again_gets_the_source_port_that_it_had() {
+    Side::each(|side| {
+        // Ports that the node does not translate to, as of hosts whose range was widened: each needs another.
+        let (low, high) = (62_000, 62_999);
+        side.rig.maps.write_settings(&Settings { snat_min: low, snat_max: high, ..settings() }).unwrap();
+        let ports: Vec<u16> = (10_000..10_200).collect();
+        let mut opened = Vec::new();
+        for round in 0..3 {
+            let ends: Vec<_> = ports.iter().map(|port| side.asks(*port, SYN)).collect();
+            // No two share one, and all are where they should be.
+            let mut given: Vec<_> = ends.iter().map(|(node, _)| node.1).collect();
+            given.sort();
+            given.dedup();
+            assert_eq!(given.len(), ports.len());
+            assert!(given.iter().all(|port| (low..=high).contains(port)), "{given:?}");
+            if round == 0 {
+                opened.clone_from(&ends);
+            }
+            assert_eq!(ends, opened, "round {round}");
+            // Over, and forgotten, while the pod waits for last segments.
+            for port in &ports {
+                side.asks(*port, RST);
+            }
+            side.rig.maps.collect_flows(&settings().timeouts, u64::MAX).unwrap();
+        }
+        // Who finds the usual port taken gets another one, and keeps off the living.
+        let (node, pod) = side.asks(10_000, SYN);
+        side.answers(pod, node, 10_000, SYN | ACK);
+        let (min, span) = (u32::from(low), u32::from(high - low) + 1);
+        let other = side.asks(10_000 + span as u16, SYN);
+        assert_ne!(other.0, node);
+        assert!((min..min + span).contains(&u32::from(other.0.1)));
+        side.answers(pod, node, 10_000, ACK);
+        side.answers(other.1, other.0, 10_000 + span as u16, SYN | ACK);
+        side.rig.maps.write_settings(&settings()).unwrap();
+    });
+}
+
+#[test]
 fn acknowledgements_of_nobody_open_a_connection_like_any_first_packet() {
     // A node that takes an address over meets connections in their middle: they must go on by the same rules.
     Side::each(|side| {

@@ -97,7 +97,8 @@ impl<V: View> Tracer<'_, V> {
         let client = self.packet.key();
         // A port of SCTP is never rewritten: it is the client's own or none.
         let fixed = client.proto == proto::SCTP;
-        let (min, span) = if fixed { (0, 0) } else { self.view.settings()?.snat_ports() };
+        let settings = self.view.settings()?;
+        let (min, span) = if fixed { (0, 0) } else { settings.snat_ports() };
         let own = u32::from(self.packet.sport);
         let own_fits = fixed || !redirect || (own >= min && own - min < span);
         // The entry of the backend's direction by which its answers are found, and what it would say.
@@ -121,6 +122,10 @@ impl<V: View> Tracer<'_, V> {
         if span == 0 {
             let taken = own_fits && free(self.packet.sport, true)?;
             return Ok(taken.then(|| Port::only(self.packet.sport)));
+        }
+        let usual = settings.usual_snat_port(&client.src, client.sport) as u16;
+        if self.view.flow(&key(usual))?.is_none() {
+            return Ok(Some(Port::only(usual)));
         }
         let all = Port { first: min as u16, last: (min + span - 1) as u16 };
         let step = span.div_ceil(SAMPLES);

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 use kinesin_abi::{
-    BACKEND_LOCAL, BackendState, DEVICE_ETHERNET, FrontendKind, SETTING_REJECT_NO_BACKEND, frontend_flags, proto,
+    BACKEND_LOCAL, BackendState, DEVICE_ETHERNET, FrontendKind, SETTING_REJECT_NO_BACKEND, TCP_SEEN_RST,
+    frontend_flags, proto,
 };
 
 use super::*;
@@ -173,11 +174,40 @@ fn every_way_of_a_random_choice_is_told_with_its_chance_and_its_own_end() {
         ends,
         [
             "becomes 192.168.1.50:40000 -> 10.42.1.1:8080, and the host's stack goes on with it",
-            "becomes 192.168.1.10:61000-61001 -> 10.42.2.2:8080, and leaves by eth0",
+            "becomes 192.168.1.10:61000 -> 10.42.2.2:8080, and leaves by eth0",
             "dropped: FIB lookup failed (169)",
         ]
     );
     assert!(trace.ways.iter().all(|way| (way.chance - 1.0 / 3.0).abs() < 1e-9));
+}
+
+#[test]
+fn a_source_port_is_told_where_the_client_has_one_of_its_own_and_a_range_where_that_is_taken() {
+    let remote = |node: &Fake, src: &str| ask(node, src, "10.0.0.100:80").ways.remove(1).verdict.to_string();
+    let at = |port: &str| format!("becomes 192.168.1.10:{port} -> 10.42.2.2:8080, and leaves by eth0");
+    let mut node = node();
+    // One of two, the other for the port beside it, and the same each time.
+    let usual: Vec<_> = [40_000, 40_001, 40_000].map(|port| remote(&node, &format!("192.168.1.50:{port}"))).into();
+    assert_eq!(usual[0], usual[2]);
+    let mut both = usual[..2].to_vec();
+    both.sort();
+    assert_eq!(both, [at("61000"), at("61001")]);
+    let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
+    // Somebody else had both; such a connection is over, and makes way.
+    let other =
+        FlowValue { last_seen: NOW, src: addr("10.0.0.100"), dst: addr("192.168.1.99"), ..FlowValue::default() };
+    for port in [61_000, 61_001] {
+        let key = FlowKey {
+            src: addr("10.42.2.2"),
+            dst: addr("192.168.1.10"),
+            sport: Be16::new(8080),
+            dport: Be16::new(port),
+            proto: proto::TCP,
+            pad: [0; 3],
+        };
+        node.flows.insert(key, FlowValue { tcp: TCP_SEEN_RST, ..other });
+    }
+    assert_eq!(remote(&node, "192.168.1.50:40000"), at("61000-61001"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the agent tells the programs about the node, its devices and its addresses on the LAN.
 
-use crate::{Addr, Timeouts};
+use crate::{Addr, Be16, Timeouts};
 
 /// Numbers of entries that Maglev tables may have (`bpf-lb-maglev-table-size`): primes, each right below a power of two.
 pub const MAGLEV_TABLE_SIZES: [u32; 10] =
@@ -71,6 +71,23 @@ impl Settings {
             (self.snat_min as u32, self.snat_max as u32 - self.snat_min as u32 + 1)
         } else {
             (0, 0)
+        }
+    }
+
+    /// The source port that a translated connection gets if it cannot keep the client's own and nobody has this one: the
+    /// same each time that the client comes from the port again, and another for each of its ports, as far as there are
+    /// enough. A backend that still waits in TIME-WAIT for a connection's last segments takes its SYN of another connection
+    /// for an old one by its timestamp, which Linux draws for each pair of ends (RFC 6191, RFC 7323 section 5.4); from
+    /// the same pair it accepts it. Zero where there is no usable range.
+    #[inline(always)]
+    pub const fn usual_snat_port(&self, client: &Addr, port: Be16) -> u32 {
+        let (min, span) = self.snat_ports();
+        let [a, b, c, d] = client.words;
+        // Clients of one LAN differ in their last bits: the product takes them to the upper half.
+        let start = u32::from_be(a ^ b ^ c ^ d).wrapping_mul(0x9e37_79b1) >> 16;
+        match span {
+            0 => 0,
+            _ => min + (start + port.get() as u32) % span,
         }
     }
 }

@@ -138,7 +138,7 @@ const PRESSED: u32 = 4;
 ///
 /// A port whose replies a socket of the node itself waits for is not free: they would go to the client.
 ///
-/// First the client's own port, then the first of some random ones that nobody has, and only when those are hard to find
+/// First the client's own port, then the first that nobody has of its usual one and some random ones, and only when those are hard to find
 /// random ones of connections that are over or have expired: looking at holders is what the verifier takes longest for.
 #[inline(never)]
 fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
@@ -152,7 +152,8 @@ fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, rang
     }
     let mut attempt = 0;
     while result == OCCUPIED && attempt < ATTEMPTS && span != 0 {
-        key.dport = Be16::new((min + lookup::random_below(span)) as u16);
+        let port = if attempt == 0 { usual_port(client) } else { min + lookup::random_below(span) };
+        key.dport = Be16::new(port as u16);
         if is_held(&key) == 0 {
             result = claim::<F>(skb, &key, &reply);
             break;
@@ -172,6 +173,12 @@ fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, rang
     }
     forward.sport = key.dport;
     result
+}
+
+/// See [`Settings::usual_snat_port`]. On its own for what it needs of the stack, of which its caller has none left.
+#[inline(never)]
+fn usual_port(client: &FlowKey) -> u32 {
+    lookup::settings().map_or(0, |settings| settings.usual_snat_port(&client.src, client.sport))
 }
 
 /// `EEXIST`, as helpers return it.
