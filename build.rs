@@ -6,6 +6,9 @@ use aya_build::{Package, Toolchain};
 const EBPF_TOOLCHAIN: &str = "nightly-2026-07-01";
 
 fn main() -> anyhow::Result<()> {
+    // The builder below watches the programs' own directory alone: without this, a change of what they share with the agent
+    // would be in the agent and not in them.
+    println!("cargo::rerun-if-changed=ebpf/abi");
     aya_build::build_ebpf(
         [Package {
             name: "kinesin-ebpf",
