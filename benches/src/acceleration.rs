@@ -16,13 +16,13 @@ use kinesin::lab::{AgentHandle, AgentOptions, HTTP_PORT};
 use kinesin_abi::{Addr, Backend, FrontendKind, PEER_TAKES_NEW, PeerKey, PeerValue, frontend_flags, mac_words, proto};
 use kinesin_core::plan::Op;
 
-use crate::cluster::{Cluster, HEALTHZ};
+use crate::cluster::{Cluster, HEALTHZ, pause};
 use crate::packets::{ACK, SYN, ends, tcp};
 use crate::programs::once;
 use crate::report::{heading, line, median, quantile};
 use crate::requests::{VIPS, prepare, wait_served};
 use crate::rig::{CLIENT, LAN, REMOTE_POD, Rig, TO_REMOTE, VIP, backend, frontend, isolated, small, value};
-use crate::traffic::{compare, keep_alive, new_connections};
+use crate::traffic::{SINK_PORT, TIME_WAIT, compare, keep_alive, new_connections};
 
 const CALLS: usize = 4_000;
 const INGRESS: &str = "cil_from_netdev";
@@ -98,10 +98,10 @@ fn in_driver(rig: &mut Rig, frame: &[u8]) -> u64 {
 fn requests() -> anyhow::Result<()> {
     let cluster = Cluster::start_with("bench-driver", 2, 1, |lab| lab.wires())?;
     let (pods, sinks) = prepare(&cluster)?;
-    let mut pause = Instant::now();
+    let mut quiet = Instant::now();
     for mode in ["snat", "auto"] {
         for acceleration in ["disabled", "native"] {
-            cluster.runtime.block_on(tokio::time::sleep_until(pause.into()));
+            pause(quiet.saturating_duration_since(Instant::now()));
             heading(&format!("Through a service's address, over the pod itself: {mode}, acceleration {acceleration}"));
             let agents = start(&cluster, mode, acceleration)?;
             wait_served(&cluster, || agents[0].logs(20))?;
@@ -114,10 +114,13 @@ fn requests() -> anyhow::Result<()> {
             {
                 compare(cluster.lab.client(), &format!("{name}, backend on another node"), through, direct, load)?;
             }
+            let (through, direct) = (SocketAddr::from((vip, SINK_PORT)), SocketAddr::from((pod, SINK_PORT)));
+            let datagrams = |to, time| sinks[1].datagrams(to, time);
+            compare(cluster.lab.client(), "UDP 64-byte frames, backend on another node", through, direct, &datagrams)?;
             let sent = accelerated(&cluster, &agents[0])? - before;
             line("packets sent by the driver", &[("in all", sent.to_string())]);
             ensure!((sent > 0) == (acceleration == "native"), "{sent} packets with acceleration {acceleration}");
-            pause = Instant::now() + crate::traffic::TIME_WAIT;
+            quiet = Instant::now() + TIME_WAIT;
             for (agent, node) in agents.into_iter().zip(cluster.lab.nodes()) {
                 cluster.runtime.block_on(agent.stop());
                 detach_all(&node.bpf_root())?;
@@ -158,7 +161,7 @@ fn wait_for_way(cluster: &Cluster, agent: &AgentHandle, way: &str) -> anyhow::Re
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "not {way}: {members:?}");
-        cluster.runtime.block_on(tokio::time::sleep(Duration::from_millis(50)));
+        pause(Duration::from_millis(50));
     }
 }
 
