@@ -116,14 +116,14 @@ impl<V: View> Tracer<'_, V> {
                 == (client.dst, client.src, client.dport, client.sport);
             Ok(same || self.abandoned(&key(port), &holder, pressed)?)
         };
-        if own_fits && free(self.packet.sport, false)? {
-            return Ok(Some(Port::only(self.packet.sport)));
+        let usual = settings.usual_snat_port(&client.src, client.sport) as u16;
+        let first = if own_fits { self.packet.sport } else { usual };
+        if own_fits | (span != 0) && free(first, span == 0)? {
+            return Ok(Some(Port::only(first)));
         }
         if span == 0 {
-            let taken = own_fits && free(self.packet.sport, true)?;
-            return Ok(taken.then(|| Port::only(self.packet.sport)));
+            return Ok(None);
         }
-        let usual = settings.usual_snat_port(&client.src, client.sport) as u16;
         if self.view.flow(&key(usual))?.is_none() {
             return Ok(Some(Port::only(usual)));
         }

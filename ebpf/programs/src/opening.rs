@@ -90,7 +90,8 @@ pub struct Opening<'a> {
 
 /// Records a connection in both directions; returns the source port that the backend will see.
 ///
-/// The client's own port is kept where possible. Another one is needed where two clients meet behind one source
+/// The client's own port is kept where possible, and its usual one ([`Settings::usual_snat_port`]) given where that is out
+/// of the range. Another one is needed where two clients meet behind one source
 /// address, or one client reaches one backend through two addresses.
 #[inline(always)]
 pub fn open<F: Family>(skb: Skb, opening: &Opening) -> Result<Be16, DropReason> {
@@ -112,9 +113,14 @@ pub fn open<F: Family>(skb: Skb, opening: &Opening) -> Result<Be16, DropReason> 
     // Towards a local backend the client's address stays, and with it any port of the client is as good.
     // A port of SCTP cannot be rewritten: it is the client's own, or the connection is refused.
     let fixed = client.proto == proto::SCTP;
-    let own_port_fits = fixed || !opening.redirect || (own >= min && own - min < span);
+    if !fixed && opening.redirect && (own < min || own - min >= span) {
+        if span == 0 {
+            return Err(DropReason::NoNatMapping);
+        }
+        forward.sport = Be16::new(usual_port(client) as u16);
+    }
     let range = if fixed { 0 } else { min << 16 | span };
-    let result = allocate::<F>(skb, client, &mut forward, range, own_port_fits as u32);
+    let result = allocate::<F>(skb, client, &mut forward, range);
     match result {
         TAKEN => {}
         OCCUPIED => return Err(DropReason::NoNatMapping),
@@ -138,16 +144,17 @@ const PRESSED: u32 = 4;
 ///
 /// A port whose replies a socket of the node itself waits for is not free: they would go to the client.
 ///
-/// First the client's own port, then the first that nobody has of its usual one and some random ones, and only when those are hard to find
-/// random ones of connections that are over or have expired: looking at holders is what the verifier takes longest for.
+/// First the one that `forward` has, be it that a connection of the same client has it that is over; then the first that
+/// nobody has of the client's usual one and some random ones, and only when those are hard to find random ones of connections
+/// that are over or have expired: looking at holders is what the verifier takes longest for.
 #[inline(never)]
-fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, range: u32, own_port_fits: u32) -> u32 {
+fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, range: u32) -> u32 {
     let reply = partner(client, forward);
     let mut key = forward.translated_key(client);
     let (min, span) = (range >> 16, range & 0xffff);
     let mut result = OCCUPIED;
     // Towards a local backend the address is the client's, so that no socket of the node has it.
-    if own_port_fits != 0 && (forward.flags & FLOW_REDIRECT == 0 || local::has_socket::<F>(skb, &key) == 0) {
+    if forward.flags & FLOW_REDIRECT == 0 || local::has_socket::<F>(skb, &key) == 0 {
         result = take(&key, &reply, (span == 0) as u32);
     }
     let mut attempt = 0;
