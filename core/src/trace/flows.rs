@@ -118,7 +118,7 @@ impl<V: View> Tracer<'_, V> {
         };
         let usual = settings.usual_snat_port(&client.src, client.sport) as u16;
         let first = if own_fits { self.packet.sport } else { usual };
-        if own_fits | (span != 0) && free(first, span == 0)? {
+        if (own_fits || span != 0) && free(first, span == 0)? {
             return Ok(Some(Port::only(first)));
         }
         if span == 0 {

@@ -91,8 +91,8 @@ pub struct Opening<'a> {
 /// Records a connection in both directions; returns the source port that the backend will see.
 ///
 /// The client's own port is kept where possible, and its usual one ([`Settings::usual_snat_port`]) given where that is out
-/// of the range. Another one is needed where two clients meet behind one source
-/// address, or one client reaches one backend through two addresses.
+/// of the range. Another one is needed where two clients meet behind one source address, or one client reaches one backend
+/// through two addresses.
 #[inline(always)]
 pub fn open<F: Family>(skb: Skb, opening: &Opening) -> Result<Be16, DropReason> {
     let client = &opening.packet.flow;
