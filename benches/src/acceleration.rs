@@ -22,7 +22,7 @@ use crate::programs::once;
 use crate::report::{heading, line, median, quantile};
 use crate::requests::{VIPS, prepare, wait_served};
 use crate::rig::{CLIENT, LAN, REMOTE_POD, Rig, TO_REMOTE, VIP, backend, frontend, isolated, small, value};
-use crate::traffic::{SINK_PORT, TIME_WAIT, compare, keep_alive, new_connections};
+use crate::traffic::{Load, SINK_PORT, TIME_WAIT, compare, keep_alive, new_connections};
 
 const CALLS: usize = 4_000;
 const INGRESS: &str = "cil_from_netdev";
@@ -108,15 +108,16 @@ fn requests() -> anyhow::Result<()> {
             wait_for_way(&cluster, &agents[0], if mode == "auto" { "l2" } else { "" })?;
             let before = accelerated(&cluster, &agents[0])?;
             let (vip, pod) = (VIPS[1], pods[1].address());
-            let (through, direct) = (SocketAddr::from((vip, 80)), SocketAddr::from((pod, HTTP_PORT)));
-            for (name, load) in
-                [("keep-alive", &keep_alive as crate::traffic::Load<'_>), ("new connections", &new_connections)]
-            {
+            let datagrams = |to, time| sinks[1].datagrams(to, time);
+            let loads: [(_, Load<'_>, _, _); 3] = [
+                ("keep-alive", &keep_alive, 80, HTTP_PORT),
+                ("new connections", &new_connections, 80, HTTP_PORT),
+                ("UDP 64-byte frames", &datagrams, SINK_PORT, SINK_PORT),
+            ];
+            for (name, load, port, target) in loads {
+                let (through, direct) = (SocketAddr::from((vip, port)), SocketAddr::from((pod, target)));
                 compare(cluster.lab.client(), &format!("{name}, backend on another node"), through, direct, load)?;
             }
-            let (through, direct) = (SocketAddr::from((vip, SINK_PORT)), SocketAddr::from((pod, SINK_PORT)));
-            let datagrams = |to, time| sinks[1].datagrams(to, time);
-            compare(cluster.lab.client(), "UDP 64-byte frames, backend on another node", through, direct, &datagrams)?;
             let sent = accelerated(&cluster, &agents[0])? - before;
             line("packets sent by the driver", &[("in all", sent.to_string())]);
             ensure!((sent > 0) == (acceleration == "native"), "{sent} packets with acceleration {acceleration}");

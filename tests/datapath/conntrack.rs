@@ -232,7 +232,7 @@ fn a_client_that_comes_again_gets_the_source_port_that_it_had() {
                 opened.clone_from(&ends);
             }
             assert_eq!(ends, opened, "round {round}");
-            // Over, and in the last round forgotten too, while the pod waits for last segments.
+            // Over, and before the last round forgotten too, while the pod waits for last segments.
             for port in &ports {
                 side.asks(*port, RST);
             }
@@ -243,12 +243,12 @@ fn a_client_that_comes_again_gets_the_source_port_that_it_had() {
         // Who finds the usual port taken gets another one, and keeps off the living.
         let (node, pod) = side.asks(10_000, SYN);
         side.answers(pod, node, 10_000, SYN | ACK);
-        let (min, span) = (u32::from(low), u32::from(high - low) + 1);
-        let other = side.asks(10_000 + span as u16, SYN);
+        let twin = 10_000 + (high - low + 1);
+        let other = side.asks(twin, SYN);
         assert_ne!(other.0, node);
-        assert!((min..min + span).contains(&u32::from(other.0.1)));
+        assert!((low..=high).contains(&other.0.1));
         side.answers(pod, node, 10_000, ACK);
-        side.answers(other.1, other.0, 10_000 + span as u16, SYN | ACK);
+        side.answers(other.1, other.0, twin, SYN | ACK);
         side.rig.maps.write_settings(&settings()).unwrap();
     });
 }
