@@ -15,6 +15,8 @@ mod arp;
 mod binds;
 #[path = "datapath/conntrack.rs"]
 mod conntrack;
+#[path = "datapath/deliver.rs"]
+mod deliver;
 #[path = "datapath/dispatch.rs"]
 mod dispatch;
 #[path = "datapath/flows.rs"]

@@ -15,6 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[path = "forwarding/acceleration.rs"]
 mod acceleration;
+#[path = "forwarding/straight.rs"]
+mod straight;
 
 /// Agents start and elect within it on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);

@@ -17,8 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kinesin_abi::{
-    DEVICE_XDP, SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
-    SETTING_REJECT_NO_BACKEND,
+    DEVICE_POD, DEVICE_XDP, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
@@ -32,7 +32,7 @@ use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
 use crate::datapath::{Acceleration, MapSizes, update_settings};
 use crate::level::Follower;
-use crate::net::local_ports;
+use crate::net::{local_ports, sysctl};
 use crate::supervisor::Backoff;
 use crate::sync::lock;
 use crate::world::{Devices, MapsHandle, TablesHandle, World};
@@ -76,6 +76,8 @@ pub struct Loader {
     driven: BTreeSet<u32>,
     /// How it was last said which devices are accelerated, by name; of the others, why not.
     accelerated: BTreeMap<String, Option<String>>,
+    /// Whether it was last said that packets to pods of this node go straight there.
+    direct: bool,
     verify: Timer,
     /// While a hook or program fails: how often it was tried again, and the next time.
     retry: Option<(usize, Timer)>,
@@ -96,6 +98,7 @@ impl Actor for Loader {
             acceleration,
             driven: BTreeSet::new(),
             accelerated: BTreeMap::new(),
+            direct: false,
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
             attached: BTreeMap::new(),
@@ -223,6 +226,7 @@ impl Loader {
             let before = *settings;
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
                 | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 }
+                | if config.services.legacy_host_routing { 0 } else { SETTING_DIRECT_TO_PODS }
                 | if config.services.protect_node_ports { SETTING_PROTECT_NODE_PORTS } else { 0 }
                 | if config.services.fragments4 { SETTING_FOLLOW_FRAGMENTS4 } else { 0 }
                 | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };
@@ -284,6 +288,7 @@ impl Loader {
         let value = |device: &Device| {
             let mut value = device_value(device);
             value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
+            value.flags |= if devices.lead_to_pod(device) { DEVICE_POD } else { 0 };
             (device.ifindex, value)
         };
         let values: BTreeMap<_, _> = devices.all.iter().map(value).collect();
@@ -314,6 +319,20 @@ impl Loader {
             tracing::info!(%device, "no longer accelerated");
         }
         self.accelerated = now;
+    }
+
+    /// Which way packets take to pods of this node, with one line in the log for each change.
+    fn tell_host_routing(&mut self) {
+        let direct = !self.world.config().services.legacy_host_routing;
+        if direct != std::mem::replace(&mut self.direct, direct) {
+            let way = if direct { "straight to their devices" } else { "by the host's stack" };
+            tracing::info!(%way, "packets to pods of this node");
+            if direct && sysctl::tracks_connections() {
+                tracing::warn!(
+                    "netfilter tracks connections here and sees only the pods' answers: where it masquerades them or                      drops what is invalid, set enable-host-legacy-routing=true"
+                );
+            }
+        }
     }
 
     /// Tries again later while something fails, less and less often.
@@ -358,6 +377,7 @@ impl Loader {
         let TablesHandle { generation, store, limits } = tables;
         let maps = MapsHandle { generation, store, limits, hooks, unaccelerated };
         self.tell_acceleration(&maps);
+        self.tell_host_routing();
         self.world.maps.set(maps);
     }
 }

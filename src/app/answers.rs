@@ -25,6 +25,7 @@ use crate::admin::{Api, ApiError};
 use crate::config::{Acceleration, Algorithm, LbMode, Report};
 use crate::datapath::{TableUsage, meaning_rows};
 use crate::level::Level;
+use crate::net::sysctl;
 use crate::source::Source;
 use crate::supervisor::Child;
 use crate::sync::lock;
@@ -203,6 +204,17 @@ impl Answers {
         if devices.is_empty() { name.into() } else { format!("{name} ({})", devices.join("; ")) }
     }
 
+    /// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
+    fn host_routing(&self) -> String {
+        if self.world.config().services.legacy_host_routing {
+            return "Legacy".into();
+        }
+        let devices = self.world.devices.get().map_or(0, |devices| devices.of_pods());
+        let tracked =
+            if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
+        format!("BPF ({devices} devices of pods{tracked})")
+    }
+
     fn families(&self) -> Vec<&'static str> {
         let families = &self.world.config().families;
         let named = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
@@ -238,6 +250,7 @@ impl Answers {
             },
             session_affinity: true,
             xdp_acceleration: self.acceleration(),
+            host_routing: self.host_routing(),
             services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
         }
     }
@@ -305,6 +318,8 @@ impl Answers {
         }
         let driven = handle.drivers().filter(|(_, why)| why.is_none()).count();
         gauge!("kinesin_accelerated_devices").set(driven as f64);
+        let direct = self.world.devices.get().filter(|_| !self.world.config().services.legacy_host_routing);
+        gauge!("kinesin_direct_devices").set(direct.map_or(0, |devices| devices.of_pods()) as f64);
         for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];

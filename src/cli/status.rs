@@ -83,6 +83,7 @@ fn kpr_details(kpr: &KprView) -> String {
         ("Backend Selection", or(&kpr.backend_selection, "-")),
         ("Session Affinity", on(kpr.session_affinity)),
         ("XDP Acceleration", or(&kpr.xdp_acceleration, "Disabled")),
+        ("Host Routing", or(&kpr.host_routing, "Legacy")),
     ];
     let mut out = String::from("KubeProxyReplacement Details:");
     for (name, value) in rows {

@@ -249,6 +249,13 @@ pub static KEYS: &[KeyDef] = &[
     },
     live(
         SERVICES,
+        "enable-host-legacy-routing",
+        "true",
+        Kind::Bool(|c| &mut c.services.legacy_host_routing),
+        "Hand packets to pods of this node to the host's stack once they are translated, so that netfilter and whatever the pods' network is made of see them. `false` sends them straight to the pod's end of its veth pair; only for networks that neither filter nor masquerade what their pods answer, since answers go by the stack all the same.",
+    ),
+    live(
+        SERVICES,
         "bpf-lb-mode-annotation",
         "false",
         Kind::Bool(|c| &mut c.services.mode_annotation),

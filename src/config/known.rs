@@ -124,7 +124,6 @@ pub static WITHOUT_EFFECT: &[&str] = &[
     "enable-health-checking",
     "enable-high-scale-ipcache",
     "enable-host-firewall",
-    "enable-host-legacy-routing",
     "enable-host-port",
     "enable-host-reachable-services",
     "enable-hubble",

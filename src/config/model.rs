@@ -202,6 +202,8 @@ pub struct Services {
     pub mode: LbMode,
     /// `bpf-lb-dsr-dispatch`
     pub dsr_dispatch: DsrDispatch,
+    /// `enable-host-legacy-routing`
+    pub legacy_host_routing: bool,
     /// `bpf-lb-acceleration`
     pub acceleration: Acceleration,
     /// `bpf-lb-mode-annotation`

@@ -4,13 +4,13 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, COUNT_ACCELERATED,
-    DEVICE_ETHERNET, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT, FLOW_FROM_LAN,
-    FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey, FragmentValue, FrontendKey,
-    FrontendKind, FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue,
-    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
-    SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey,
-    SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST,
-    frontend_flags, proto,
+    DEVICE_ETHERNET, DEVICE_POD, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT,
+    FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
+    FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey,
+    PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
+    SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
+    Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
+    TCP_SEEN_RST, frontend_flags, proto,
 };
 use kinesin_core::devices::mac_text;
 
@@ -140,7 +140,8 @@ fn device(value: &DeviceValue) -> String {
     let ethernet = if value.flags & DEVICE_ETHERNET != 0 { "ethernet" } else { "no-link-header" };
     let ipv6 = IpAddr::from(value.ipv6);
     let xdp = if value.flags & DEVICE_XDP != 0 { " xdp" } else { "" };
-    format!("{} {} {ipv6} {ethernet}{xdp}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
+    let pod = if value.flags & DEVICE_POD != 0 { " pod" } else { "" };
+    format!("{} {} {ipv6} {ethernet}{xdp}{pod}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
 }
 
 fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
@@ -171,6 +172,7 @@ fn settings(value: &Settings) -> String {
                 (SETTING_REJECT_NO_BACKEND, "reject-no-backend"),
                 (SETTING_ANSWER_PING, "answer-ping"),
                 (SETTING_PROTECT_NODE_PORTS, "protect-node-ports"),
+                (SETTING_DIRECT_TO_PODS, "direct-to-pods"),
                 (SETTING_FOLLOW_FRAGMENTS4, "fragments"),
                 (SETTING_FOLLOW_FRAGMENTS6, "fragments6"),
             ],

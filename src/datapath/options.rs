@@ -111,7 +111,7 @@ impl Default for MapSizes {
             affinity: 65_536,
             ranges: 65_536,
             l2: 4096,
-            devices: 256,
+            devices: 4096,
             peers: 8192,
         }
     }

@@ -210,6 +210,8 @@ fn device(message: &LinkMessage) -> Device {
             LinkAttribute::Address(bytes) if ethernet => device.mac = bytes.as_slice().try_into().ok(),
             LinkAttribute::Controller(master) => device.master = Some(*master),
             LinkAttribute::Mtu(mtu) => device.mtu = *mtu,
+            LinkAttribute::LinkNetNsId(_) => device.reaches_out = true,
+            LinkAttribute::Qdisc(qdisc) => device.qdisc = qdisc.into(),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

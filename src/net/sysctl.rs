@@ -29,6 +29,11 @@ pub fn write_in(netns: &Netns, settings: &[(&str, &str)]) -> Result<(), NetError
     netns.run(|| settings.iter().try_for_each(|(key, value)| write(key, value)))?
 }
 
+/// Whether netfilter's connection tracking has connections in the current namespace.
+pub fn tracks_connections() -> bool {
+    read("netfilter/nf_conntrack_count").is_ok_and(|count| count != "0")
+}
+
 fn path(key: &str) -> String {
     format!("/proc/sys/net/{key}")
 }

@@ -27,6 +27,16 @@ impl Devices {
         self.all.iter().filter(|device| self.selected.contains(&device.ifindex))
     }
 
+    /// Whether packets to a pod of this node may go straight to it through the device: not through one to the LAN.
+    pub fn lead_to_pod(&self, device: &Device) -> bool {
+        device.leads_to_pod() && !self.selected.contains(&device.ifindex)
+    }
+
+    /// How many devices do.
+    pub fn of_pods(&self) -> usize {
+        self.all.iter().filter(|device| self.lead_to_pod(device)).count()
+    }
+
     /// A device by index.
     pub fn by_index(&self, ifindex: u32) -> Option<&Device> {
         self.all.iter().find(|device| device.ifindex == ifindex)

@@ -17,6 +17,7 @@ use kinesin_abi::{
 use kinesin_core::plan::Op;
 use kinesin_core::trace::{Packet, Place, Question, Step, Trace, Tuple, Verdict, place, trace};
 
+use crate::deliver::with_pod;
 use crate::packets::{IP, SYN, checksum, ends, ipv4, tcp, udp};
 use crate::rig::*;
 use crate::sockets::Cgroup;
@@ -37,18 +38,27 @@ enum Seen {
 struct Traced {
     rig: Rig,
     live: Live,
-    _runtime: tokio::runtime::Runtime,
+    runtime: tokio::runtime::Runtime,
 }
 
 impl Traced {
     fn new(ops: &[Op]) -> Self {
-        let mut rig = Rig::new();
+        Self::of(Rig::new(), ops)
+    }
+
+    fn of(mut rig: Rig, ops: &[Op]) -> Self {
         let hooks = rig.datapath.attach_device(LAN, rig.lan).unwrap();
         rig.maps.apply(ops).unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let live = Live::open(rig.maps.clone(), vec![hooks.ingress, hooks.egress], runtime.handle().clone()).unwrap();
-        Self { rig, live, _runtime: runtime }
+        Self { rig, live, runtime }
+    }
+
+    /// Looks at the neighbour table anew, as each `kinesin trace` does.
+    fn look_again(&mut self) {
+        let hooks = self.rig.datapath.hooks();
+        self.live = Live::open(self.rig.maps.clone(), hooks, self.runtime.handle().clone()).unwrap();
     }
 
     fn trace(&self, packet: &Packet, from: Place) -> Trace {
@@ -446,6 +456,32 @@ fn traces_follow_settings_devices_and_the_kernels_forwarding() {
         // A device without address has none to give.
         traced.rig.maps.put_device(traced.rig.lan, &kinesin_abi::DeviceValue { ipv4: 0, ..device() }).unwrap();
         assert_eq!(traced.agree(&to_remote(40_003)).1, dropped(DropReason::NoNatMapping));
+    });
+}
+
+#[test]
+fn the_way_to_a_pod_of_this_node_is_told() {
+    isolated(|| {
+        let mut traced = Traced::of(with_pod(), &[]);
+        let to_pod = |sport| packet(proto::TCP, (CLIENT, sport), (VIP, TO_LOCAL));
+        let straight = |sport| Seen::Sent((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
+        let by_stack = |sport| Seen::Translated((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
+        // The first packet of a connection, and another one.
+        for _ in 0..2 {
+            let (said, seen) = traced.agree(&to_pod(1));
+            assert_eq!(seen, straight(1));
+            let Verdict::Sent { device, .. } = &said.ways[0].verdict else { panic!("{said:?}") };
+            assert_eq!(device, "pod0");
+        }
+        ip("neigh del 10.42.1.5 dev pod0");
+        traced.look_again();
+        assert_eq!(traced.agree(&to_pod(1)).1, by_stack(1));
+        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
+        ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 nud stale dev pod0");
+        traced.look_again();
+        assert_eq!(traced.agree(&to_pod(2)).1, straight(2));
+        traced.rig.maps.write_settings(&settings()).unwrap();
+        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
     });
 }
 

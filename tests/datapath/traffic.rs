@@ -16,7 +16,7 @@ use nix::sched::{CloneFlags, unshare};
 use crate::rig::*;
 
 /// Port of [`VIP`] whose backend is the node itself.
-const TO_HOST: u16 = 85;
+pub(crate) const TO_HOST: u16 = 85;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 type Job = Box<dyn FnOnce() + Send>;

@@ -35,6 +35,10 @@ pub struct Device {
     pub running: bool,
     /// `IFLA_INFO_KIND`: `veth`, `bridge`, `bond`, `vlan`, …; empty for hardware.
     pub kind: SmolStr,
+    /// Its other end is in another network namespace (`IFLA_LINK_NETNSID`).
+    pub reaches_out: bool,
+    /// `IFLA_QDISC`: `noqueue`, `fq_codel`, …
+    pub qdisc: SmolStr,
     /// The bridge, bond or VRF that it is part of.
     pub master: Option<u32>,
     /// Its addresses with the length of their prefixes.
@@ -55,6 +59,13 @@ impl Device {
     /// Can carry frames now.
     pub fn is_live(&self) -> bool {
         self.up && self.running
+    }
+
+    /// Whether it is the host's end of a pod's veth pair, and no queue of the host's shapes what goes to the pod.
+    ///
+    /// Not one that is part of a bridge: what is for the pod is routed to the bridge.
+    pub fn leads_to_pod(&self) -> bool {
+        self.kind == "veth" && self.reaches_out && self.qdisc == "noqueue" && self.master.is_none()
     }
 }
 

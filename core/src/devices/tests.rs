@@ -134,3 +134,25 @@ fn a_device_answers_for_the_ip_versions_of_its_networks() {
     }
     assert!(four.include("::ffff:10.0.0.1".parse().unwrap()) && !four.include("fd00::1".parse().unwrap()));
 }
+
+#[test]
+fn only_the_hosts_end_of_a_pods_pair_leads_to_a_pod() {
+    let pair = Device {
+        kind: "veth".into(),
+        reaches_out: true,
+        qdisc: "noqueue".into(),
+        ..eth("veth1234", 7, &["169.254.1.1/32"])
+    };
+    assert!(pair.leads_to_pod());
+    let others = [
+        Device { kind: "macvlan".into(), ..pair.clone() },
+        Device { reaches_out: false, ..pair.clone() },
+        // Part of the bridge that pods are routed to.
+        Device { master: Some(9), ..pair.clone() },
+        // What goes to the pod is shaped.
+        Device { qdisc: "tbf".into(), ..pair },
+    ];
+    for other in others {
+        assert!(!other.leads_to_pod(), "{other:?}");
+    }
+}

@@ -149,9 +149,9 @@ impl<V: View> Tracer<'_, V> {
         }
         let to = tuple(flow);
         if !redirect {
-            let step = self.stack_step(to.dst)?;
+            let (step, verdict) = self.local_way(ifindex, to)?;
             self.say(step);
-            return Ok(sure(self.written(Verdict::Translated(to))));
+            return Ok(sure(self.written(verdict)));
         }
         let (step, verdict) = self.send(ifindex, to)?;
         self.say(step);
@@ -281,8 +281,10 @@ impl<V: View> Tracer<'_, V> {
             };
             let why = "the backend is on this node".to_owned();
             steps.push(Step::Source { address: client, kept: true, port: sport, why });
-            steps.push(self.stack_step(dst)?);
-            return Ok(Verdict::Translated(Tuple { src: client, sport, dst, dport: backend.port.get() }));
+            let (step, verdict) =
+                self.local_way(ifindex, Tuple { src: client, sport, dst, dport: backend.port.get() })?;
+            steps.push(step);
+            return Ok(verdict);
         }
         let egress = match self.fib(ifindex, client, dst)? {
             Fib::Hop(hop) => {

@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
+use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, SETTING_DIRECT_TO_PODS};
 use serde::{Deserialize, Serialize};
 
-use super::{Step, Tracer, View};
+use super::{Step, Tracer, Tuple, Verdict, View};
 use crate::devices::mac_text;
 
 /// What is asked of the routing tables.
@@ -35,6 +36,13 @@ pub struct Hop {
     pub neighbour: String,
 }
 
+impl Hop {
+    /// Whether the neighbour table has a MAC that is not known to be wrong (`NUD_VALID`).
+    fn is_known(&self) -> bool {
+        self.mac.is_some() && !matches!(self.neighbour.as_str(), "failed" | "incomplete")
+    }
+}
+
 /// What `bpf_fib_lookup` says.
 pub(super) enum Fib {
     /// This way.
@@ -57,6 +65,25 @@ impl<V: View> Tracer<'_, V> {
             Ok(hop) => Fib::Hop(hop),
             Err(why) => Fib::None(why),
         })
+    }
+
+    /// To a pod of this node: straight to its device where the settings, the device and the neighbour table allow that, else
+    /// by the host's stack.
+    pub(super) fn local_way(&self, ingress: u32, to: Tuple) -> Result<(Step, Verdict), V::Error> {
+        if self.view.settings()?.flags & SETTING_DIRECT_TO_PODS != 0
+            && self.on_ethernet(ingress)?
+            && let Fib::Hop(hop) = self.fib(ingress, to.src, to.dst)?
+            && hop.is_known()
+            && self.view.device(hop.ifindex)?.is_some_and(|device| device.flags & DEVICE_POD != 0)
+        {
+            let device = self.view.device_name(hop.ifindex);
+            return Ok((self.hop_step(to.dst, &hop), Verdict::Sent { tuple: to, device }));
+        }
+        Ok((self.stack_step(to.dst)?, Verdict::Translated(to)))
+    }
+
+    fn on_ethernet(&self, ifindex: u32) -> Result<bool, V::Error> {
+        Ok(self.view.device(ifindex)?.is_some_and(|device| device.flags & DEVICE_ETHERNET != 0))
     }
 
     pub(super) fn hop_step(&self, to: IpAddr, hop: &Hop) -> Step {

@@ -36,9 +36,9 @@ pub use service::{
     SEARCHED_MEMBERS, SELECTION_TRIES, SLOT_EMPTY, SetRef, frontend_flags,
 };
 pub use settings::{
-    DEVICE_ETHERNET, DEVICE_XDP, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_SIZES, MaglevTable,
-    SETTING_ANSWER_PING, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
-    SETTING_REJECT_NO_BACKEND, Settings, maglev_size, maglev_words,
+    DEVICE_ETHERNET, DEVICE_POD, DEVICE_XDP, DeviceValue, L2Key, L2Value, MAGLEV_TABLE_SIZE, MAGLEV_TABLE_SIZES,
+    MaglevTable, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
+    SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, Settings, maglev_size, maglev_words,
 };
 
 /// Version of the layouts below; part of the pin path `<bpf-root>/kinesin/v<abi>/`.

@@ -101,13 +101,16 @@ pub const SETTING_ANSWER_PING: u32 = 2;
 /// Refuse to bind a socket of the node to a NodePort.
 pub const SETTING_PROTECT_NODE_PORTS: u32 = 4;
 
+/// Packets to backends of this node go straight to their pod's device, where that is a [`DEVICE_POD`].
+pub const SETTING_DIRECT_TO_PODS: u32 = 8;
+
 /// Value of the devices hash (key: ifindex, `u32`): a device that the programs are attached to or may send from.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct DeviceValue {
     /// The device's MAC; zero for devices without Ethernet header.
     pub mac: [u8; 6],
-    /// [`DEVICE_ETHERNET`], [`DEVICE_XDP`].
+    /// [`DEVICE_ETHERNET`], [`DEVICE_XDP`], [`DEVICE_POD`].
     pub flags: u16,
     /// Primary IPv4 address in wire order; 0 for none. Source of translated connections.
     pub ipv4: u32,
@@ -120,6 +123,10 @@ pub const DEVICE_ETHERNET: u16 = 1;
 
 /// The device's driver runs the XDP program, and so sends what that of another device hands it.
 pub const DEVICE_XDP: u16 = 2;
+
+/// The device is the host's end of a veth pair whose other end is in another network namespace, a pod's, and nothing is to
+/// happen on the way through it.
+pub const DEVICE_POD: u16 = 4;
 
 /// Translate fragments of IPv4 packets.
 pub const SETTING_FOLLOW_FRAGMENTS4: u32 = 1 << 8;

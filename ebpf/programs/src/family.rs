@@ -43,6 +43,8 @@ pub trait Family {
     fn store<T>(skb: Skb, offset: u32, value: &T) -> Result<(), DropReason>;
     /// Gives the IP header a hop limit and addresses; returns how the sum of the addresses has changed.
     fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason>;
+    /// Reads whom a packet that was written to is for, and what counting a hop changes; false where it is cut short.
+    fn read_again(skb: Skb, packet: &mut Packet) -> bool;
     /// Counts one hop, and changes nothing else.
     fn hop(skb: impl Frame, packet: &Packet) -> Result<(), DropReason>;
     /// Gives a quoted IP header addresses, whose sum changes by `difference`.
@@ -97,6 +99,11 @@ impl Family for V4 {
     #[inline(always)]
     fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header4(skb, packet, hops, src, dst)
+    }
+
+    #[inline(always)]
+    fn read_again(skb: Skb, packet: &mut Packet) -> bool {
+        packet::ipv4::read_again(skb, packet).is_some()
     }
 
     #[inline(always)]
@@ -175,6 +182,11 @@ impl Family for V6 {
     #[inline(always)]
     fn header(skb: impl Frame, packet: &Packet, hops: u8, src: Addr, dst: Addr) -> Result<u32, DropReason> {
         rewrite::header6(skb, packet, hops, src, dst)
+    }
+
+    #[inline(always)]
+    fn read_again(skb: Skb, packet: &mut Packet) -> bool {
+        packet::ipv6::read_again(skb, packet).is_some()
     }
 
     #[inline(always)]

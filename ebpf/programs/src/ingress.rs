@@ -6,7 +6,7 @@ use kinesin_abi::{
 };
 
 use crate::{
-    affinity, arp, dispatch,
+    affinity, arp, deliver, dispatch,
     family::{Family, V4, V6},
     flows, fragments, icmp, lookup, ndp,
     opening::{self, Opening},
@@ -86,7 +86,7 @@ fn serve<F: Reporter + Wrapper + Carrier>(skb: Skb, link: u32) -> Result<Verdict
     if code >= REPORT {
         code = reject::report::<F>(skb, link, (code - REPORT) as u32);
     }
-    Ok(Verdict::Answered(code))
+    Ok(Verdict::Answered(deliver::finish::<F>(skb, link, code)))
 }
 
 /// No codes of a hook: its sender is owed a report about the drop reason that is added.

@@ -1,7 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
 //! `packet` alone reads packet memory, `lookup`, `flows`, `opening`, `fragments` and `affinity` alone touch maps, `rewrite`,
-//! `dispatch`, `wrap`, `option`, `accelerate`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in
+//! `dispatch`, `deliver`, `wrap`, `option`, `accelerate`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in
 //! common is in `family`; each has programs of its own, but for that of XDP, of which a device takes one. Names are
 //! Cilium's, so that habits with `bpftool` carry over.
 //!
@@ -19,6 +19,7 @@ mod accelerate;
 mod affinity;
 mod arp;
 mod bind;
+mod deliver;
 mod dispatch;
 mod family;
 mod flows;

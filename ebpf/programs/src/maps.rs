@@ -77,7 +77,7 @@ pub static L2: HashMap<L2Key, L2Value, 4096, NO_PREALLOC> = HashMap::new();
 
 /// Devices by index.
 #[btf_map]
-pub static DEVICES: HashMap<u32, DeviceValue, 256, NO_PREALLOC> = HashMap::new();
+pub static DEVICES: HashMap<u32, DeviceValue, 4096, NO_PREALLOC> = HashMap::new();
 
 /// Nodes that packets are handed on to, and whom they come from.
 #[btf_map]

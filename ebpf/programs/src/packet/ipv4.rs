@@ -42,6 +42,15 @@ impl Header {
     }
 }
 
+/// Reads the destination and the checksum of a header that was written to since it was read; none where it is cut short.
+#[inline(always)]
+pub fn read_again(skb: Skb, packet: &mut Packet) -> Option<()> {
+    let ip = at::<Header>(skb, packet.l3 & 0xf)?;
+    packet.ip_check = ip.check;
+    packet.flow.dst = Addr::from_v4_raw(ip.dst);
+    Some(())
+}
+
 /// Reads an IPv4 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
 #[inline(always)]
 pub fn parse(skb: impl Frame, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {

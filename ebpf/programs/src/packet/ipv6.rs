@@ -59,6 +59,15 @@ pub struct Upper {
     more: u8,
 }
 
+/// Reads the destination and the next header of a header that was written to since it was read; none where it is cut short.
+#[inline(always)]
+pub fn read_again(skb: Skb, packet: &mut Packet) -> Option<()> {
+    let ip = at::<Header>(skb, packet.l3 & 0xf)?;
+    packet.next = ip.next;
+    packet.flow.dst = Addr { words: ip.dst };
+    Some(())
+}
+
 /// Reads an IPv6 packet whose IP header starts at `l3`. Of packets without ports, only the addresses are set.
 #[inline(always)]
 pub fn parse<C: Frame>(skb: C, l3: u32, packet: &mut Packet) -> Result<(), Unparsed> {

@@ -66,6 +66,8 @@ pub struct Packet {
     pub outer: Outer,
     /// Of IPv6: the option, while it is added.
     pub option: Option6,
+    /// The hook's code as far as it is decided; see `deliver`.
+    pub code: i32,
     /// Bounds of a search; see `dispatch`.
     pub bounds: [u32; 2],
     /// Identification of a fragment, as loaded.

@@ -1,0 +1,195 @@
+//! `enable-host-legacy-routing=false`: packets to pods of this node go straight to them, and by the host's stack whenever
+//! there is something about them that only the stack does.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+
+use kinesin::datapath::MapStore;
+use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto};
+
+use crate::packets::{ACK, End, IP, SYN, ends, tcp, ttl, udp};
+use crate::packets6::{ends6, hops, tcp6};
+use crate::rig::*;
+use crate::traffic::{Lan, PATIENCE, connect_to, exchange};
+
+pub(crate) const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x55];
+pub(crate) const POD_DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x54];
+/// Datagrams per family; more than what else a pod and its node have to say to each other meanwhile.
+const DATAGRAMS: u64 = 500;
+
+pub(crate) fn direct() -> Settings {
+    let settings = settings();
+    Settings { flags: settings.flags | SETTING_DIRECT_TO_PODS, ..settings }
+}
+
+pub(crate) fn pod_device() -> DeviceValue {
+    DeviceValue { mac: POD_DEVICE_MAC, flags: DEVICE_ETHERNET | DEVICE_POD, ..DeviceValue::default() }
+}
+
+/// A rig whose local pods are behind a device of their own, and known to the neighbour table.
+pub(crate) fn with_pod() -> Rig {
+    let rig = Rig::dual();
+    ip("link add pod0 address 02:00:00:00:00:54 type veth peer name pod1");
+    ip("link set pod0 up");
+    ip("link set pod1 up");
+    ip("route add 10.42.1.5/32 dev pod0");
+    ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 dev pod0");
+    ip("route add fd00:42:1::5/128 dev pod0");
+    ip("neigh add fd00:42:1::5 lladdr 02:00:00:00:00:55 dev pod0");
+    rig.maps.put_device(ifindex("pod0"), &pod_device()).unwrap();
+    rig.maps.write_settings(&direct()).unwrap();
+    rig
+}
+
+const FROM: End = (CLIENT, 40_000);
+const TO: End = (VIP, TO_LOCAL);
+
+impl Rig {
+    /// The packet is translated, and goes straight to the pod, or by the stack.
+    #[track_caller]
+    fn assert_goes(&mut self, packet: &[u8], straight: bool) {
+        let before = ttl(packet);
+        let (code, out) = self.ingress(packet);
+        assert_eq!(ends(&out), (ends(packet).0, (LOCAL_POD, 8080)));
+        if straight {
+            assert_eq!((code, ttl(&out)), (REDIRECT, before - 1));
+            assert_eq!(out[..12], [POD_MAC, POD_DEVICE_MAC].concat(), "the frame is for the pod");
+        } else {
+            assert_eq!((code, ttl(&out)), (NEXT, before));
+            assert_eq!(out[..12], packet[..12], "as it came");
+        }
+    }
+}
+
+#[test]
+fn packets_to_pods_of_this_node_get_their_frame_and_one_hop_less() {
+    isolated(|| {
+        let mut rig = with_pod();
+        for protocol in [proto::TCP, proto::UDP] {
+            let first = crate::packets::packet(protocol, FROM, TO);
+            rig.assert_goes(&first, true);
+            // One of the connection, too.
+            let next = if protocol == proto::TCP { tcp(FROM, TO, ACK) } else { first };
+            rig.assert_goes(&next, true);
+        }
+        for flags in [SYN, ACK] {
+            let packet = tcp6((CLIENT6, 40_000), (VIP6, TO_LOCAL), flags);
+            let (code, out) = rig.ingress6(&packet);
+            assert_eq!((code, hops(&out)), (REDIRECT, hops(&packet) - 1));
+            assert_eq!(out[..12], [POD_MAC, POD_DEVICE_MAC].concat());
+            assert_eq!(ends6(&out), ((CLIENT6, 40_000), (LOCAL_POD6, 8080)));
+        }
+        // What is for another node or for nobody is none of it.
+        let (code, out) = rig.ingress(&tcp(FROM, (VIP, TO_REMOTE), SYN));
+        assert_eq!((code, ends(&out).1), (REDIRECT, (REMOTE_POD, 8080)));
+        rig.assert_untouched(&tcp(FROM, (LOCAL_POD, 8080), SYN));
+        rig.assert_untouched(&tcp(FROM, (NODE, 22), SYN));
+    });
+}
+
+#[test]
+fn whatever_only_the_stack_does_is_left_to_it() {
+    isolated(|| {
+        let mut rig = with_pod();
+        let packet = tcp(FROM, TO, SYN);
+        rig.assert_goes(&packet, true);
+        let put = |rig: &Rig, flags| {
+            rig.maps.put_device(ifindex("pod0"), &DeviceValue { flags, ..pod_device() }).unwrap();
+        };
+
+        // The last hop, which is answered with an error.
+        let mut last = packet.clone();
+        last[IP + 8] = 1;
+        crate::packets::seal_ip(&mut last);
+        rig.assert_goes(&last, false);
+        // A packet that is too long for the device, one that just fits, and one that would.
+        ip("link set pod0 mtu 1280");
+        for (len, straight) in [(1280, true), (1281, false), (100, true)] {
+            rig.assert_goes(&udp(FROM, TO, &vec![1; len - 28]), straight);
+        }
+        ip("link set pod0 mtu 1500");
+        // A device that is none of a pod.
+        put(&rig, DEVICE_ETHERNET);
+        rig.assert_goes(&packet, false);
+        put(&rig, DEVICE_ETHERNET | DEVICE_POD);
+        rig.assert_goes(&packet, true);
+        // The key, which works at once.
+        rig.maps.write_settings(&settings()).unwrap();
+        rig.assert_goes(&packet, false);
+        rig.maps.write_settings(&direct()).unwrap();
+        rig.assert_goes(&packet, true);
+        // A host that does not forward.
+        forwarding(false);
+        rig.assert_goes(&packet, false);
+        forwarding(true);
+        // A neighbour that is not known.
+        ip("neigh del 10.42.1.5 dev pod0");
+        rig.assert_goes(&packet, false);
+        ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 dev pod0");
+        rig.assert_goes(&packet, true);
+        // No route, and an address of the host itself.
+        ip("route replace unreachable 10.42.1.5/32");
+        rig.assert_goes(&packet, false);
+        ip("route del unreachable 10.42.1.5/32");
+        ip("addr add 10.42.1.5/32 dev lo");
+        rig.assert_goes(&packet, false);
+    });
+}
+
+/// Packets of a family that the stack of this namespace has forwarded.
+fn forwarded(v6: bool) -> u64 {
+    if v6 {
+        let text = fs::read_to_string("/proc/thread-self/net/snmp6").unwrap();
+        let line = text.lines().find(|line| line.starts_with("Ip6OutForwDatagrams")).unwrap();
+        return line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    }
+    let text = fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let mut lines = text.lines().filter(|line| line.starts_with("Ip:")).map(str::split_whitespace);
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    names.zip(values).find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
+}
+
+/// Real sockets at both ends. The stack forwards both directions of a connection to a pod, or its answers alone.
+#[test]
+fn real_traffic_reaches_pods_straight_and_only_answers_pass_the_hosts_stack() {
+    isolated(|| {
+        let lan = Lan::dual();
+        let maps = lan.datapath.as_ref().unwrap().maps();
+        let families: [(IpAddr, IpAddr); 2] = [(CLIENT.into(), VIP.into()), (CLIENT6.into(), VIP6.into())];
+        let value = DeviceValue { flags: DEVICE_ETHERNET | DEVICE_POD, ..DeviceValue::default() };
+        maps.put_device(ifindex("pod0"), &value).unwrap();
+        for (settings, times) in [(settings(), 2), (direct(), 1), (settings(), 2)] {
+            maps.write_settings(&settings).unwrap();
+            for (client, vip) in families {
+                // Until the neighbour is known, all of it goes by the stack.
+                lan.client.run(move || exchange(&connect_to((vip, TO_LOCAL).into()).unwrap(), 4 << 20));
+                let before = forwarded(vip.is_ipv6());
+                lan.client.run(move || {
+                    let socket = UdpSocket::bind((client, 0)).unwrap();
+                    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                    socket.connect((vip, TO_LOCAL)).unwrap();
+                    for number in 0..DATAGRAMS {
+                        socket.send(&number.to_be_bytes()).unwrap();
+                        let mut bytes = [0; 8];
+                        assert_eq!(socket.recv(&mut bytes).unwrap(), 8);
+                        assert_eq!(u64::from_be_bytes(bytes), number);
+                    }
+                    // In fragments.
+                    let sent: Vec<u8> = (0..4000).map(|at| at as u8).collect();
+                    let mut bytes = vec![0; 8000];
+                    socket.send(&sent).unwrap();
+                    assert_eq!(socket.recv(&mut bytes).unwrap(), sent.len());
+                    assert!(bytes[..sent.len()] == sent);
+                });
+                let passed = forwarded(vip.is_ipv6()) - before;
+                let expected = times * DATAGRAMS;
+                assert!((expected..expected + DATAGRAMS / 2).contains(&passed), "{vip}: {passed}, not {expected}");
+            }
+        }
+        assert_eq!(maps.drops().unwrap(), []);
+        // To the node itself nothing has changed.
+        maps.write_settings(&direct()).unwrap();
+        let host: (Ipv4Addr, u16) = (VIP, crate::traffic::TO_HOST);
+        lan.client.run(move || exchange(&connect_to(host.into()).unwrap(), 100_000));
+    });
+}

@@ -1,0 +1,72 @@
+//! `enable-host-legacy-routing=false` on every node: backends here and behind other nodes answer as before, the key works
+//! without a restart in both directions, and everybody is told.
+
+use super::*;
+
+const KEY: &str = "enable-host-legacy-routing";
+
+impl Rig {
+    /// Waits until every node says so of the way to its pods.
+    async fn wait_for_host_routing(&self, says: &str) {
+        for number in 1..=3 {
+            eventually(&format!("node {number} says {says:?}"), async || {
+                self.status(number).await.is_some_and(|status| status.kube_proxy_replacement.host_routing == says)
+            })
+            .await;
+        }
+    }
+
+    /// Packets that the stacks of all nodes have forwarded; nobody else forwards anything here.
+    fn forwarded(&self) -> u64 {
+        let of = |node: &kinesin::lab::Node| -> u64 {
+            let text = node.netns().run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap()).unwrap();
+            let mut lines = text.lines().filter(|line| line.starts_with("Ip:")).map(str::split_whitespace);
+            let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+            names.zip(values).find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
+        };
+        self.lab.nodes().iter().map(of).sum()
+    }
+
+    /// What the stacks forward of so many echoes over each connection.
+    async fn echoes(&self, streams: &mut [tokio::net::TcpStream], rounds: u64) -> u64 {
+        let before = self.forwarded();
+        for _ in 0..rounds {
+            for stream in &mut *streams {
+                assert_echoes(stream).await;
+            }
+        }
+        self.forwarded() - before
+    }
+}
+
+#[tokio::test]
+async fn packets_to_pods_go_straight_or_by_the_stack_as_the_key_says_and_connections_go_on() {
+    let rig = rig("straight", &[(KEY, "false")], "").await;
+    let owner = rig.owner().await;
+    rig.all_neighbours(owner).await;
+    rig.wait_for_host_routing("BPF (1 devices of pods)").await;
+    let (_, metrics) = rig.agent(owner).get("/metrics").await.unwrap();
+    assert!(metrics.contains("kinesin_direct_devices 1"), "{metrics}");
+
+    let mut streams = Vec::new();
+    for _ in 0..12 {
+        streams.push(echo_stream(&rig).await);
+    }
+    let seen = rig.seen(rig.lab.client().netns(), &vip_url(), &[1, 2, 3]).await;
+    (1..=3).for_each(|node| assert_seen(&seen, node, client()));
+    let straight = rig.echoes(&mut streams, 20).await;
+    for node in rig.lab.nodes() {
+        node.set_config(KEY, "true").unwrap();
+    }
+    rig.wait_for_host_routing("Legacy").await;
+    let by_stack = rig.echoes(&mut streams, 20).await;
+    for node in rig.lab.nodes() {
+        node.set_config(KEY, "false").unwrap();
+    }
+    rig.wait_for_host_routing("BPF (1 devices of pods)").await;
+    let again = rig.echoes(&mut streams, 20).await;
+    // Each echo is a segment each way, and an acknowledgement on the way there; the stack forwards what comes back.
+    let echoes = streams.len() as u64 * 20;
+    assert!(by_stack >= echoes * 2, "{by_stack} of {echoes} echoes");
+    assert!(straight < by_stack * 3 / 4 && again < by_stack * 3 / 4, "{straight}, {by_stack}, {again}");
+}
