@@ -41,24 +41,15 @@ const CILIUM: [(&str, [&str; 2]); 4] = [
     ("UDP 64-byte frames", ["not known", "0.66"]),
 ];
 
-/// A way to be configured, on the nodes that then need an agent.
-struct Variant<'a> {
-    name: &'a str,
-    nodes: usize,
-    config: &'a [(&'a str, &'a str)],
-}
-
 pub(crate) fn run() -> anyhow::Result<()> {
     let cluster = Cluster::start("bench-requests", 2, 1)?;
     let (pods, sinks) = prepare(&cluster)?;
     let mut columns = Vec::new();
 
     // `auto` hands packets on to nodes that are neighbours, dispatch `l2`; there the node of the backend needs an agent too.
-    let l2 = Variant { name: "l2", nodes: 2, config: &[("bpf-lb-mode", "auto")] };
-    let straight = [("bpf-lb-mode", "auto"), ("enable-host-legacy-routing", "false")];
-    let straight = Variant { name: "l2, straight to pods", config: &straight, ..l2 };
-    for variant in [l2, straight, Variant { name: "snat", nodes: 1, config: &[("bpf-lb-mode", "snat")] }] {
-        let Variant { name, nodes, config } = variant;
+    let variants =
+        [("l2", 2, "auto", "true"), ("l2, straight to pods", 2, "auto", "false"), ("snat", 1, "snat", "true")];
+    for (name, nodes, mode, legacy) in variants {
         heading(&format!("Through a service's address, over the pod itself: Kinesin, {name}"));
         let agents = {
             let _context = cluster.runtime.enter();
@@ -66,8 +57,9 @@ pub(crate) fn run() -> anyhow::Result<()> {
                 let options = AgentOptions::new(crate::agent_binary()?)
                     .config("k8s-kubeconfig-path", &cluster.plane.kubeconfig().to_string_lossy())
                     .config("kube-proxy-replacement", "true")
+                    .config("bpf-lb-mode", mode)
+                    .config("enable-host-legacy-routing", legacy)
                     .config("kube-proxy-replacement-healthz-bind-address", &format!("0.0.0.0:{HEALTHZ}"));
-                let options = config.iter().fold(options, |options, (key, value)| options.config(key, value));
                 anyhow::Ok(cluster.lab.node(number).start_agent(&options)?)
             };
             (1..=nodes).map(start).collect::<Result<Vec<_>, _>>()?

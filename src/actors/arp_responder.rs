@@ -85,9 +85,9 @@ impl Actor for ArpResponder {
 
     async fn handle(&mut self, message: ArpResponderMsg) -> Result<(), Failure> {
         if let Some(handle) = self.maps.changed() {
-            let entries = handle.store.read_l2()?;
+            let entries = handle.tables.store.read_l2()?;
             self.programmed = entries.iter().map(|(key, _)| (IpAddr::from(key.addr), key.ifindex)).collect();
-            self.store = Some(handle.store.clone());
+            self.store = Some(handle.tables.store.clone());
             self.answered.mark_all();
         }
         let Some(store) = self.store.clone() else {

@@ -89,11 +89,11 @@ impl Actor for FlowCollector {
     async fn handle(&mut self, _: FlowCollectorMsg) -> Result<(), Failure> {
         if let Some(handle) = self.maps.changed() {
             let first = self.store.is_none();
-            self.store = Some(handle.store.clone());
+            self.store = Some(handle.tables.store.clone());
             if first {
                 // What was before this instance is no reason for a pass.
-                self.counts = Counts(handle.store.flow_counts()?);
-                self.portless = portless(&*handle.store)?;
+                self.counts = Counts(handle.tables.store.flow_counts()?);
+                self.portless = portless(&*handle.tables.store)?;
             }
         }
         let _ = self.config.changed();

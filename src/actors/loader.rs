@@ -374,8 +374,7 @@ impl Loader {
         self.world.problems.set("memory", self.options.tight.clone());
         let tables = self.tables();
         self.world.tables.set(tables.clone());
-        let TablesHandle { generation, store, limits } = tables;
-        let maps = MapsHandle { generation, store, limits, hooks, unaccelerated };
+        let maps = MapsHandle { tables, hooks, unaccelerated };
         self.tell_acceleration(&maps);
         self.tell_host_routing();
         self.world.maps.set(maps);

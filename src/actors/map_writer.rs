@@ -95,10 +95,10 @@ impl Actor for MapWriter {
 
     async fn handle(&mut self, message: MapWriterMsg) -> Result<(), Failure> {
         if let Some(tables) = self.tables.changed() {
-            self.adopt(tables.store.clone(), &tables.limits).await?;
+            self.adopt(&tables).await?;
         }
         if let Some(maps) = self.maps.changed() {
-            self.adopt(maps.store.clone(), &maps.limits).await?;
+            self.adopt(&maps.tables).await?;
         }
         let Some(store) = self.store.clone() else {
             return Ok(());
@@ -114,8 +114,9 @@ impl Actor for MapWriter {
 
 impl MapWriter {
     /// Starts over on a freshly loaded data path.
-    async fn adopt(&mut self, store: Arc<dyn MapStore>, limits: &Limits) -> Result<(), Failure> {
-        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, &store) && self.limits == *limits;
+    async fn adopt(&mut self, tables: &TablesHandle) -> Result<(), Failure> {
+        let TablesHandle { store, limits, .. } = tables;
+        let same = |old: &Arc<dyn MapStore>| Arc::ptr_eq(old, store) && self.limits == *limits;
         if self.store.as_ref().is_some_and(same) {
             return Ok(());
         }
@@ -132,7 +133,7 @@ impl MapWriter {
         self.pruned = false;
         self.refused.clear();
         self.compiled.mark_all();
-        self.apply(&store, repairs, "adopt").await;
+        self.apply(store, repairs, "adopt").await;
         Ok(())
     }
 
@@ -188,7 +189,7 @@ impl MapWriter {
 
     /// Tells when services work for the first time: the maps may be full before the programs that read them are loaded.
     fn look_whether_all_is_there(&self) {
-        let mine = |maps: &MapsHandle| self.store.as_ref().is_some_and(|store| Arc::ptr_eq(store, &maps.store));
+        let mine = |maps: &MapsHandle| self.store.as_ref().is_some_and(|store| Arc::ptr_eq(store, &maps.tables.store));
         if self.pruned && self.world.maps.get().is_some_and(|maps| mine(&maps)) && self.world.programmed.set(true) {
             // Not on any actor's time, and whether or not this one still lives then.
             tokio::spawn(async {

@@ -88,7 +88,7 @@ impl Actor for PeerWatcher {
         let (members, devices, config) = &self.followers;
         let news = members.changed().is_some() | devices.changed().is_some() | config.changed().is_some();
         if let Some(handle) = self.maps.changed() {
-            self.store = Some(handle.store.clone());
+            self.store = Some(handle.tables.store.clone());
         }
         if news {
             self.eager = 0;

@@ -102,7 +102,7 @@ impl Actor for SocketReaper {
         if !self.world.config().services.socket_lb() {
             return Ok(());
         }
-        let store = self.world.maps.get().map(|handle| handle.store.clone());
+        let store = self.world.maps.get().map(|handle| handle.tables.store.clone());
         let Some(store) = store else { return Ok(()) };
         if complete && !self.looked {
             self.looked = true;

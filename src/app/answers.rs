@@ -121,7 +121,7 @@ impl Answers {
 
     fn maps(&self) -> Vec<MapView> {
         let handle = self.world.maps.get();
-        let usage = handle.iter().flat_map(|handle| handle.store.usage());
+        let usage = handle.iter().flat_map(|handle| handle.tables.store.usage());
         usage
             .map(|table| MapView { name: table.name.into(), used: self.used(&table), max: table.max_entries.into() })
             .collect()
@@ -304,7 +304,7 @@ impl Answers {
             .set(1.0);
         gauge!("cilium_nodes_all_num").set(self.world.nodes.len() as f64);
         let Some(handle) = self.world.maps.get() else { return };
-        let tables = handle.store.usage();
+        let tables = handle.tables.store.usage();
         for table in &tables {
             let used = table.entries.unwrap_or(0) as f64 / f64::from(table.max_entries.max(1));
             gauge!("cilium_bpf_map_pressure", "map_name" => table.name).set(used);
@@ -312,7 +312,7 @@ impl Answers {
         }
         gauge!("cilium_bpf_maps_virtual_memory_max_bytes")
             .set(tables.iter().map(|table| table.bytes as f64).sum::<f64>());
-        if let Ok(count) = handle.store.accelerated() {
+        if let Ok(count) = handle.tables.store.accelerated() {
             counter!("kinesin_accelerated_packets_total").absolute(count.packets);
             counter!("kinesin_accelerated_bytes_total").absolute(count.bytes);
         }
@@ -320,13 +320,13 @@ impl Answers {
         gauge!("kinesin_accelerated_devices").set(driven as f64);
         let direct = self.world.devices.get().filter(|_| !self.world.config().services.legacy_host_routing);
         gauge!("kinesin_direct_devices").set(direct.map_or(0, |devices| devices.of_pods()) as f64);
-        for (reason, direction, count) in handle.store.drops().unwrap_or_default() {
+        for (reason, direction, count) in handle.tables.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];
             counter!("cilium_drop_count_total", &labels).absolute(count.packets);
             counter!("cilium_drop_bytes_total", &labels).absolute(count.bytes);
         }
-        for (direction, count) in handle.store.forwarded().into_iter().flatten() {
+        for (direction, count) in handle.tables.store.forwarded().into_iter().flatten() {
             let labels = [("direction", format!("{direction:?}").to_uppercase())];
             counter!("cilium_forward_count_total", &labels).absolute(count.packets);
             counter!("cilium_forward_bytes_total", &labels).absolute(count.bytes);
@@ -414,7 +414,7 @@ impl Api for Answers {
     fn tables(&self) -> BoxFuture<'_, Vec<TableView>> {
         async {
             let handle = self.world.maps.get();
-            let usage = handle.iter().flat_map(|handle| handle.store.usage());
+            let usage = handle.iter().flat_map(|handle| handle.tables.store.usage());
             let tables: Vec<_> = usage
                 .map(|t| TableView { name: t.name.into(), about: objects::about(t.name).into(), rows: self.used(&t) })
                 .collect();
@@ -431,7 +431,7 @@ impl Api for Answers {
     fn dump<'a>(&'a self, table: &'a str) -> BoxFuture<'a, Result<Vec<DumpRow>, ApiError>> {
         async move {
             let handle = self.handle()?;
-            let (store, name) = (handle.store.clone(), table.to_owned());
+            let (store, name) = (handle.tables.store.clone(), table.to_owned());
             let rows = tokio::task::spawn_blocking(move || {
                 if name == RESOLVED {
                     return Ok(meaning_rows(&store.read()?.meaning()));
@@ -451,7 +451,7 @@ impl Api for Answers {
             let handle = self.handle()?;
             let (world, runtime) = (self.world.clone(), tokio::runtime::Handle::current());
             let answer = tokio::task::spawn_blocking(move || {
-                let live = Live::open(handle.store.clone(), handle.hooks.clone(), runtime)?;
+                let live = Live::open(handle.tables.store.clone(), handle.hooks.clone(), runtime)?;
                 answer(&live.with_names(Box::new(move |key| objects::frontend_name(&world, key))), &question)
             });
             let answer = answer.await.map_err(|error| ApiError::Unavailable(error.to_string()))?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 use super::CliError;
-use crate::config::{self, Inputs, KEYS, WITHOUT_EFFECT, logging};
+use crate::config::{self, Inputs, WITHOUT_EFFECT, logging};
 
 /// Run the agent of this node.
 ///
@@ -28,7 +28,7 @@ struct KeyFlags(Vec<(String, String)>);
 
 impl clap::Args for KeyFlags {
     fn augment_args(mut command: Command) -> Command {
-        for key in KEYS {
+        for key in config::all_keys() {
             let default = if key.default.is_empty() { String::new() } else { format!(" [default: {}]", key.default) };
             let help = format!("{}{default}", key.doc.trim_end_matches('.'));
             let mut arg = Arg::new(key.name)
@@ -60,7 +60,7 @@ impl clap::Args for KeyFlags {
 
 impl FromArgMatches for KeyFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let names = KEYS.iter().map(|key| key.name).chain(WITHOUT_EFFECT.iter().copied());
+        let names = config::all_keys().map(|key| key.name).chain(WITHOUT_EFFECT.iter().copied());
         // A list given in several flags is one list; of anything else the last one counts.
         let value = |name, mut all: clap::parser::ValuesRef<'_, String>| {
             if config::keys::find(name).is_some_and(config::KeyDef::is_list) {

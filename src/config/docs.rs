@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::keys::{KEYS, KeyDef, Reload};
+use super::keys::{self, KeyDef, Reload};
 use super::known::WITHOUT_EFFECT;
 
 /// Generated files: path in the repository and text.
@@ -18,7 +18,7 @@ pub fn files() -> Vec<(&'static str, String)> {
 /// Groups of keys, in order.
 pub fn groups() -> Vec<(&'static str, Vec<&'static KeyDef>)> {
     let mut groups: Vec<(&str, Vec<&KeyDef>)> = Vec::new();
-    for key in KEYS {
+    for key in keys::all() {
         match groups.iter_mut().find(|(name, _)| *name == key.group) {
             Some((_, keys)) => keys.push(key),
             None => groups.push((key.group, vec![key])),
@@ -30,7 +30,7 @@ pub fn groups() -> Vec<(&'static str, Vec<&'static KeyDef>)> {
 const INTRODUCTION: &str = "\
 # Configuration
 
-<!-- Generated from src/config/keys.rs. To change it: KINESIN_BLESS=1 cargo test -p kinesin --lib config -->
+<!-- Generated from src/config/keys. To change it: KINESIN_BLESS=1 cargo test -p kinesin --lib config -->
 
 A setting has one name everywhere: the key of the ConfigMap `cilium-config`, mounted as one file per key in
 `--config-dir`; a flag (`--bpf-lb-algorithm=maglev`); an environment variable (`KINESIN_BPF_LB_ALGORITHM`, or with the
@@ -76,7 +76,7 @@ fn reload(key: &KeyDef) -> &'static str {
 fn config_map() -> String {
     let mut out = String::from(
         "# Every key that has an effect, with its default. Uncomment what should differ and apply it: agents follow\n\
-         # without a restart. Generated from src/config/keys.rs; docs/configuration.md explains more.\n\
+         # without a restart. Generated from src/config/keys; docs/configuration.md explains more.\n\
          apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: cilium-config\n  namespace: kube-system\ndata:\n",
     );
     for (group, keys) in groups() {
@@ -100,7 +100,7 @@ fn config_map() -> String {
 
 fn schema() -> String {
     let mut properties = serde_json::Map::new();
-    for key in KEYS {
+    for key in keys::all() {
         let mut property = serde_json::Map::new();
         property.insert("type".into(), "string".into());
         property.insert("description".into(), format!("{} Allowed: {}.", key.doc, key.allowed()).into());

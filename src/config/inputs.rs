@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{KEYS, keys, known};
+use super::{keys, known};
 
 /// Everything that a configuration is made from. Loading it again reads the directory again.
 #[derive(Clone, Debug, Default)]
@@ -179,7 +179,7 @@ fn read_env(env: &BTreeMap<String, String>) -> Vec<(String, Raw)> {
 /// The known key nearest to `name` and how many edits it is away; `None` when nothing is near.
 pub(super) fn nearest(name: &str) -> Option<(&'static str, usize)> {
     let limit = (name.len() / 4).clamp(2, 6);
-    let names = KEYS.iter().map(|key| key.name).chain(known::WITHOUT_EFFECT.iter().copied());
+    let names = keys::all().map(|key| key.name).chain(known::WITHOUT_EFFECT.iter().copied());
     // Keys with an effect come first, and `min_by_key` keeps the first of equals.
     names.map(|known| (known, distance(name, known))).min_by_key(|(_, d)| *d).filter(|(_, d)| *d <= limit)
 }

@@ -1,6 +1,6 @@
 //! Configuration: what was written (a directory of keys, the environment, flags) and what it means (a [`Config`]).
 //!
-//! Keys are those of Cilium's `cilium-config` ConfigMap. [`keys::KEYS`] is the only list of them: parsing, flags, the
+//! Keys are those of Cilium's `cilium-config` ConfigMap. [`keys::all`] is the only list of them: parsing, flags, the
 //! commented default file, its schema and the documentation are all made from it. A bad value never takes the agent
 //! down: the default (at start) or the last good value (on reload) is used and the [`Report`] says so.
 //!
@@ -19,7 +19,7 @@ mod value;
 mod watch;
 
 pub use inputs::Inputs;
-pub use keys::{KEYS, KeyDef, Reload};
+pub use keys::{KeyDef, Reload, all as all_keys};
 pub use known::WITHOUT_EFFECT;
 pub use model::{
     Acceleration, Algorithm, Choice, Config, CtTimeouts, DefaultIpam, DsrDispatch, Families, Kubernetes, L2, LbIpam,

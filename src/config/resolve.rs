@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use super::inputs::{self, Inputs, Raw, Written};
-use super::keys::{self, KEYS, KeyDef};
+use super::keys::{self, KeyDef};
 use super::known;
 use super::model::Config;
 use super::report::{Invalid, Report, Setting, Unknown};
@@ -64,7 +64,7 @@ pub fn reload(inputs: &Inputs, last_good: &Config) -> Reloaded {
     if let Some(failure) = failure {
         report.warnings.push(format!("{failure}; keeping the last good configuration"));
         let mut config = last_good.clone();
-        for key in KEYS {
+        for key in keys::all() {
             report.settings.push(setting(key, LAST_GOOD));
         }
         finish(&mut config, &mut report);
@@ -76,7 +76,7 @@ pub fn reload(inputs: &Inputs, last_good: &Config) -> Reloaded {
         config.node_name.clone_from(&last_good.node_name);
     }
     // Each round makes one rule hold for good: the last good values satisfied it. The bound is the number of keys.
-    for _ in KEYS {
+    for _ in keys::all() {
         let Some(contradiction) = rules::contradiction(&config) else { break };
         for name in contradiction.keys {
             let Some(key) = keys::find(name) else { continue };
@@ -105,7 +105,7 @@ pub fn reload(inputs: &Inputs, last_good: &Config) -> Reloaded {
 /// Every key's default.
 pub(super) fn defaults() -> Config {
     let mut config = Config::default();
-    for key in KEYS {
+    for key in keys::all() {
         let good = key.kind.set(key.default, &mut config);
         debug_assert!(good, "default of {}", key.name);
     }
@@ -118,7 +118,7 @@ fn resolve(written: Written, inputs: &Inputs, fallback: &Config, fallback_name: 
     report.warnings.extend(warnings);
     let mut config = defaults();
     let mut fallback = fallback.clone();
-    for key in KEYS {
+    for key in keys::all() {
         let mut source = DEFAULT.to_string();
         if let Some(written) = raw.remove(key.name)
             && (!written.value.is_empty() || key.kind.takes_empty())
@@ -162,7 +162,7 @@ fn setting(key: &KeyDef, source: &str) -> Setting {
 /// Writes down the effective values and their hash.
 fn finish(config: &mut Config, report: &mut Report) {
     let mut hash = Sha256::new();
-    for (key, setting) in KEYS.iter().zip(&mut report.settings) {
+    for (key, setting) in keys::all().zip(&mut report.settings) {
         setting.value = key.kind.show(config);
         hash.update(format!("{}={}\n", key.name, setting.value));
     }
@@ -172,5 +172,5 @@ fn finish(config: &mut Config, report: &mut Report) {
 
 fn changes(new: &Config, old: &Config) -> Vec<&'static str> {
     let (mut new, mut old) = (new.clone(), old.clone());
-    KEYS.iter().filter(|key| key.kind.show(&mut new) != key.kind.show(&mut old)).map(|key| key.name).collect()
+    keys::all().filter(|key| key.kind.show(&mut new) != key.kind.show(&mut old)).map(|key| key.name).collect()
 }

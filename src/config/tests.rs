@@ -74,7 +74,7 @@ fn modes_and_annotations_that_do_not_go_together_are_said_and_made_usable() {
 
 #[test]
 fn every_default_is_valid_and_reads_back_as_itself() {
-    for key in KEYS {
+    for key in keys::all() {
         let mut config = defaults();
         assert!(key.kind.set(key.default, &mut config), "default of {}", key.name);
         let shown = key.kind.show(&mut config);
@@ -86,8 +86,8 @@ fn every_default_is_valid_and_reads_back_as_itself() {
 
 #[test]
 fn names_are_unique_and_no_key_is_also_without_effect() {
-    let mut names: Vec<&str> = KEYS.iter().map(|key| key.name).chain(WITHOUT_EFFECT.iter().copied()).collect();
-    names.extend(KEYS.iter().map(|key| key.alias).filter(|alias| !alias.is_empty()));
+    let mut names: Vec<&str> = keys::all().map(|key| key.name).chain(WITHOUT_EFFECT.iter().copied()).collect();
+    names.extend(keys::all().map(|key| key.alias).filter(|alias| !alias.is_empty()));
     let count = names.len();
     names.sort_unstable();
     names.dedup();
@@ -207,7 +207,7 @@ proptest::proptest! {
 
     #[test]
     fn no_text_makes_any_key_panic(text in "\\PC{0,40}|[0-9a-zA-Z.,:/+µ-]{0,30}") {
-        for key in KEYS {
+        for key in keys::all() {
             let mut config = defaults();
             if key.kind.set(&text, &mut config) {
                 let shown = key.kind.show(&mut config);
@@ -471,7 +471,7 @@ fn a_reload_without_a_directory_keeps_everything() {
     let next = reload(&inputs, &first);
     assert_eq!(next.config, first);
     assert!(next.report.warnings[0].ends_with("keeping the last good configuration"), "{:?}", next.report);
-    assert_eq!(next.report.settings.len(), KEYS.len());
+    assert_eq!(next.report.settings.len(), keys::all().count());
 }
 
 /// Writes a generation as the kubelet does and points `..data` at it in one step.
@@ -596,7 +596,7 @@ fn the_commented_config_map_is_yaml_and_says_what_the_defaults_are() {
         .join("\n");
     let map = read(&all);
     let data = map["data"].as_object().unwrap();
-    assert_eq!(data.len(), KEYS.len() - 1);
+    assert_eq!(data.len(), keys::all().count() - 1);
     let flags = data.iter().map(|(k, v)| (k.clone(), v.as_str().unwrap().to_string())).collect();
     let (written, report) = loaded(&Inputs { flags, hostname: "n".into(), ..Inputs::default() });
     assert!(report.is_clean(), "{report:?}");

@@ -46,7 +46,7 @@ impl Devices {
 /// The maps as soon as there are any, for who fills them.
 #[derive(Clone)]
 pub struct TablesHandle {
-    /// That of the [`MapsHandle`] which follows.
+    /// Increases with each load.
     pub generation: u64,
     /// The maps.
     pub store: Arc<dyn MapStore>,
@@ -61,14 +61,10 @@ impl PartialEq for TablesHandle {
 }
 
 /// The loaded data path.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct MapsHandle {
-    /// Increases with each load, so that a reload counts as a change.
-    pub generation: u64,
-    /// The maps.
-    pub store: Arc<dyn MapStore>,
-    /// How much fits.
-    pub limits: Limits,
+    /// The maps. Each load makes others, so that a reload counts as a change.
+    pub tables: TablesHandle,
     /// What is attached where.
     pub hooks: Vec<HookStatus>,
     /// Devices that do without XDP where it is used as far as possible, and why.
@@ -99,15 +95,6 @@ impl MapsHandle {
             self.hooks.iter().filter(of).any(|hook| !hook.is_ok())
         };
         Families { ipv4: !refused(false), ipv6: !refused(true) }
-    }
-}
-
-impl PartialEq for MapsHandle {
-    fn eq(&self, other: &Self) -> bool {
-        self.generation == other.generation
-            && self.hooks == other.hooks
-            && self.limits == other.limits
-            && self.unaccelerated == other.unaccelerated
     }
 }
 

@@ -8,7 +8,7 @@ use kinesin::address::Address;
 use kinesin::config::{Inputs, load};
 use kinesin::datapath::{Datapath, detach_all};
 use kinesin::supervisor::{Backoff, Child, Policy, Strategy, Tree};
-use kinesin::world::{MapsHandle, World};
+use kinesin::world::{MapsHandle, TablesHandle, World};
 use kinesin_abi::{BackendState, FrontendKind, proto};
 use kinesin_core::objects::ObjectKey;
 use kinesin_core::plan::{Limits, Op};
@@ -92,9 +92,7 @@ impl Node {
         world.compiled.set_complete();
         let (store, hooks) = (datapath.maps(), datapath.hooks());
         world.maps.set(MapsHandle {
-            generation: 1,
-            store,
-            limits: Limits::default(),
+            tables: TablesHandle { generation: 1, store, limits: Limits::default() },
             hooks,
             unaccelerated: Vec::new(),
         });

@@ -25,7 +25,7 @@ use kinesin::level::Level;
 use kinesin::source::Source;
 use kinesin::supervisor::{Backoff, Child, Policy, Strategy, Tree};
 use kinesin::table::Table;
-use kinesin::world::{Devices, Leadership, MapsHandle, World};
+use kinesin::world::{Devices, Leadership, MapsHandle, TablesHandle, World};
 use kinesin_core::devices::Device;
 use kinesin_core::objects::{Condition, Meta, Object, ObjectKey, Service};
 use kinesin_core::services;
@@ -96,9 +96,7 @@ impl Agent {
             ..world.clone()
         };
         let handle = |store: Arc<dyn MapStore>| MapsHandle {
-            generation: 1,
-            store,
-            limits: kernel::limits(),
+            tables: TablesHandle { generation: 1, store, limits: kernel::limits() },
             hooks: Vec::new(),
             unaccelerated: Vec::new(),
         };

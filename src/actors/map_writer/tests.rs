@@ -76,9 +76,7 @@ async fn maps_are_filled_before_they_have_programs_and_services_work_with_both()
 
     let other: Arc<dyn MapStore> = Arc::new(MemoryMaps::new(MapSizes::default()));
     world.maps.set(MapsHandle {
-        generation: 1,
-        store: store.clone(),
-        limits: limits.clone(),
+        tables: TablesHandle { generation: 1, store: store.clone(), limits: limits.clone() },
         hooks: Vec::new(),
         unaccelerated: Vec::new(),
     });

@@ -1,0 +1,171 @@
+//! How large the maps are, and for how long connections are kept.
+
+use super::{KeyDef, SERVICES, live, reattach};
+use crate::config::value::Kind;
+
+/// The most entries of a map.
+const CT_MAX: u32 = kinesin_core::sizing::BOUNDS.1;
+
+pub(super) static KEYS: &[KeyDef] = &[
+    reattach(
+        SERVICES,
+        "bpf-lb-map-max",
+        "65536",
+        Kind::Int { min: 16, max: CT_MAX, at: |c| &mut c.services.sizes.lb },
+        "Entries of each load balancing map that has no key of its own.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-service-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.services },
+        "Frontends, and a quarter of the members of backend sets; 0 takes bpf-lb-map-max.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-service-backend-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.backends },
+        "Backends; 0 takes bpf-lb-map-max.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-affinity-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.affinity },
+        "Clients of services with session affinity; 0 takes bpf-lb-map-max, or less where the agent's memory is limited.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-source-range-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.ranges },
+        "Source ranges, each counted once per service port; 0 takes bpf-lb-map-max.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-lb-maglev-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.maglev },
+        "Maglev tables; 0 takes bpf-lb-map-max.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-map-dynamic-size-ratio",
+        "0.0025",
+        Kind::Ratio(|c| &mut c.services.sizes.ratio),
+        "The share of the memory that tables of connections and sockets may take: of the machine's, or of the agent's limit where that is less; 0 takes 524288, 262144 and 262144 entries.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-ct-global-tcp-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.tcp },
+        "Entries for established TCP connections, two for each; 0 follows bpf-map-dynamic-size-ratio, from 131072 on.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-ct-global-any-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.any },
+        "Entries for other flows, two for each: UDP, and TCP connections that are not established; 0 follows bpf-map-dynamic-size-ratio, from 65536 on.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-nat-global-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.nat },
+        "Translated connections have no table of their own: the least that both tables of connections together hold, where they are left to the ratio.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-sock-rev-map-max",
+        "0",
+        Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.sockets },
+        "Translated sockets; 0 follows bpf-map-dynamic-size-ratio, from 65536 on.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-service-tcp",
+        "2h13m20s",
+        Kind::Duration(|c| &mut c.services.timeouts.service_tcp),
+        "How long a silent established TCP connection of a service is remembered.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-service-tcp-grace",
+        "1m",
+        Kind::Duration(|c| &mut c.services.timeouts.grace),
+        "The same while its backend terminates or after it is gone.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-service-any",
+        "1m",
+        Kind::Duration(|c| &mut c.services.timeouts.service_any),
+        "How long a silent flow of another protocol is remembered.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-regular-tcp",
+        "2h13m20s",
+        Kind::Duration(|c| &mut c.services.timeouts.regular_tcp),
+        "A second limit for established TCP connections whose source address is translated; the shorter one counts.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-regular-any",
+        "1m",
+        Kind::Duration(|c| &mut c.services.timeouts.regular_any),
+        "A second limit for flows of other protocols whose source address is translated; the shorter one counts.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-regular-tcp-syn",
+        "1m",
+        Kind::Duration(|c| &mut c.services.timeouts.syn),
+        "How long a TCP connection is remembered that is not established.",
+    ),
+    live(
+        SERVICES,
+        "bpf-ct-timeout-regular-tcp-fin",
+        "10s",
+        Kind::Duration(|c| &mut c.services.timeouts.fin),
+        "How long a TCP connection is remembered that was reset or closed from both sides.",
+    ),
+    live(
+        SERVICES,
+        "conntrack-gc-interval",
+        "0s",
+        Kind::Duration(|c| &mut c.services.gc_interval),
+        "How often expired connections are looked for; 0s adapts it, from 10 seconds to 12 hours, to how many there are.",
+    ),
+    live(
+        SERVICES,
+        "conntrack-gc-max-interval",
+        "0s",
+        Kind::Duration(|c| &mut c.services.gc_max_interval),
+        "The longest interval that adapting comes to; 0s means 12 hours.",
+    ),
+    reattach(
+        SERVICES,
+        "bpf-fragments-map-max",
+        "8192",
+        Kind::Int { min: 1, max: 65_535, at: |c| &mut c.services.fragments_max },
+        "Packets in fragments that may be on their way at once.",
+    ),
+    live(
+        SERVICES,
+        "enable-ipv4-fragment-tracking",
+        "true",
+        Kind::Bool(|c| &mut c.services.fragments4),
+        "Translate IPv4 packets in fragments; without it they are dropped.",
+    ),
+    live(
+        SERVICES,
+        "enable-ipv6-fragment-tracking",
+        "true",
+        Kind::Bool(|c| &mut c.services.fragments6),
+        "Translate IPv6 packets in fragments; without it they are dropped.",
+    ),
+];
