@@ -46,6 +46,10 @@ const HYBRID: Mode = Mode {
     keeps_client: [true, false],
     segments: 2,
 };
+/// The same, and straight to pods where that works.
+const L2_STRAIGHT: Mode = Mode { keys: &[("bpf-lb-mode", "l2"), STRAIGHT], ..L2 };
+const IPIP_STRAIGHT: Mode = Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "ipip"), STRAIGHT], ..IPIP };
+const STRAIGHT: (&str, &str) = ("enable-host-legacy-routing", "false");
 
 /// Runs all cells of one lab, and says everything that is wrong with it at once.
 async fn holds(name: &str, family: Family, mode: Mode) {
@@ -103,4 +107,8 @@ labs! {
     ipv6_opt: "matrix-opt6", V6, OPT;
     ipv4_hybrid: "matrix-hybrid", V4, HYBRID;
     ipv6_hybrid: "matrix-hybrid6", V6, HYBRID;
+    ipv4_l2_straight: "matrix-l2-straight", V4, L2_STRAIGHT;
+    ipv6_l2_straight: "matrix-l2-straight6", V6, L2_STRAIGHT;
+    ipv4_ipip_straight: "matrix-ipip-straight", V4, IPIP_STRAIGHT;
+    ipv6_ipip_straight: "matrix-ipip-straight6", V6, IPIP_STRAIGHT;
 }
