@@ -38,6 +38,7 @@ use crate::supervisor::{Backoff, Child, Policy, Strategy, Tree};
 use crate::world::World;
 
 mod answers;
+mod kpr;
 mod objects;
 mod trees;
 

@@ -6,6 +6,8 @@
 
 #[path = "support/bpf.rs"]
 mod bpf;
+#[path = "support/snmp.rs"]
+mod snmp;
 
 #[path = "datapath/affinity.rs"]
 mod affinity;

@@ -15,6 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[path = "forwarding/acceleration.rs"]
 mod acceleration;
+#[path = "support/snmp.rs"]
+mod snmp;
 #[path = "forwarding/straight.rs"]
 mod straight;
 

@@ -14,6 +14,8 @@ mod load;
 mod objects;
 #[path = "node/paths.rs"]
 mod paths;
+#[path = "support/snmp.rs"]
+mod snmp;
 
 use std::time::Duration;
 

@@ -12,6 +12,7 @@
 //! Deliberately absent: detaching on stop. The pinned links carry the traffic while no agent runs.
 
 mod load;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -27,12 +28,13 @@ use metrics::counter;
 use smol_str::SmolStr;
 
 use self::load::{Loaded, Options, acceleration, device_value, open};
+use self::told::Told;
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
 use crate::config::{Config, NoBackend};
 use crate::datapath::{Acceleration, MapSizes, update_settings};
 use crate::level::Follower;
-use crate::net::{local_ports, sysctl};
+use crate::net::local_ports;
 use crate::supervisor::Backoff;
 use crate::sync::lock;
 use crate::world::{Devices, MapsHandle, TablesHandle, World};
@@ -74,10 +76,7 @@ pub struct Loader {
     attached: BTreeMap<u32, SmolStr>,
     /// Those whose drivers run one too, as the devices map says.
     driven: BTreeSet<u32>,
-    /// How it was last said which devices are accelerated, by name; of the others, why not.
-    accelerated: BTreeMap<String, Option<String>>,
-    /// Whether it was last said that packets to pods of this node go straight there.
-    direct: bool,
+    told: Told,
     verify: Timer,
     /// While a hook or program fails: how often it was tried again, and the next time.
     retry: Option<(usize, Timer)>,
@@ -97,8 +96,7 @@ impl Actor for Loader {
             options,
             acceleration,
             driven: BTreeSet::new(),
-            accelerated: BTreeMap::new(),
-            direct: false,
+            told: Told::default(),
             devices: world.devices.follow(wake.clone()),
             config: world.config.follow(wake),
             attached: BTreeMap::new(),
@@ -305,36 +303,6 @@ impl Loader {
         Ok(written)
     }
 
-    /// Which devices are accelerated and which are not, with one line in the log for each change.
-    fn tell_acceleration(&mut self, maps: &MapsHandle) {
-        let drivers = maps.drivers().map(|(device, why)| (device.to_owned(), why.map(str::to_owned)));
-        let now: BTreeMap<String, Option<String>> = drivers.collect();
-        for (device, why) in now.iter().filter(|(device, why)| self.accelerated.get(*device) != Some(why)) {
-            match why {
-                None => tracing::info!(%device, "accelerated: the driver runs our program"),
-                Some(why) => tracing::warn!(%device, %why, "not accelerated: packets go by the tc programs"),
-            }
-        }
-        for device in self.accelerated.keys().filter(|device| !now.contains_key(*device)) {
-            tracing::info!(%device, "no longer accelerated");
-        }
-        self.accelerated = now;
-    }
-
-    /// Which way packets take to pods of this node, with one line in the log for each change.
-    fn tell_host_routing(&mut self) {
-        let direct = !self.world.config().services.legacy_host_routing;
-        if direct != std::mem::replace(&mut self.direct, direct) {
-            let way = if direct { "straight to their devices" } else { "by the host's stack" };
-            tracing::info!(%way, "packets to pods of this node");
-            if direct && sysctl::tracks_connections() {
-                tracing::warn!(
-                    "netfilter tracks connections here and sees only the pods' answers: where it masquerades them or                      drops what is invalid, set enable-host-legacy-routing=true"
-                );
-            }
-        }
-    }
-
     /// Tries again later while something fails, less and less often.
     fn schedule_retry(&mut self, tried: bool) {
         if self.loaded.datapath().failing() == 0 {
@@ -375,8 +343,8 @@ impl Loader {
         let tables = self.tables();
         self.world.tables.set(tables.clone());
         let maps = MapsHandle { tables, hooks, unaccelerated };
-        self.tell_acceleration(&maps);
-        self.tell_host_routing();
+        self.told.acceleration(&maps);
+        self.told.host_routing(&self.world.config());
         self.world.maps.set(maps);
     }
 }

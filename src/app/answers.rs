@@ -8,24 +8,22 @@ use std::time::Instant;
 use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
 use kinesin_core::devices::mac_text;
-use kinesin_core::peers::State;
-use kinesin_core::services::{self, Dispatch, FrontendView, WideView};
+use kinesin_core::services::{self, FrontendView, WideView};
 use kinesin_core::trace::{Question, Trace};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::PrometheusHandle;
 
-use super::{objects, trees};
+use super::{kpr, objects, trees};
 use crate::actors::vip_owner::{VipOwnerMsg, views};
 use crate::address::Address;
 use crate::admin::views::{
-    ConfigSummary, ConfigView, ConnectionsView, DumpRow, Healthz, HookView, KprView, MapView, MemberView, Readiness,
-    SourceView, StatusView, SyncView, TableView, TreeView, VipView,
+    ConfigSummary, ConfigView, ConnectionsView, DumpRow, Healthz, HookView, MapView, MemberView, Readiness, SourceView,
+    StatusView, SyncView, TableView, TreeView, VipView,
 };
 use crate::admin::{Api, ApiError};
-use crate::config::{Acceleration, Algorithm, LbMode, Report};
+use crate::config::Report;
 use crate::datapath::{TableUsage, meaning_rows};
 use crate::level::Level;
-use crate::net::sysctl;
 use crate::source::Source;
 use crate::supervisor::Child;
 use crate::sync::lock;
@@ -165,94 +163,10 @@ impl Answers {
             .collect()
     }
 
-    /// The mode, and how far it reaches.
-    fn mode(&self) -> String {
-        let services = &self.world.config().services;
-        let name = match services.mode {
-            LbMode::Auto => "Auto",
-            LbMode::Snat if services.mode_annotation => "SNAT, DSR by annotation",
-            LbMode::Snat => return "SNAT".into(),
-            LbMode::Dsr => "DSR",
-            LbMode::Hybrid => "Hybrid",
-        };
-        let peers = self.world.peers.get();
-        let peers: Vec<_> = peers.iter().flat_map(|peers| peers.iter()).collect();
-        let near = peers.iter().filter(|peer| peer.state == State::Neighbour).count();
-        let far = peers.iter().filter(|peer| matches!(peer.state, State::Routed(_))).count();
-        let far = match services.beyond() {
-            Dispatch::Snat | Dispatch::L2 => String::new(),
-            dispatch => format!(", {} to {far}", dispatch.text().to_uppercase()),
-        };
-        format!("{name} (L2 to {near}{far} of {} other nodes, else SNAT)", peers.len())
-    }
-
-    /// Whether drivers forward too, and on which devices they do not.
-    fn acceleration(&self) -> String {
-        let name = match self.world.config().services.acceleration {
-            Acceleration::Disabled => return "Disabled".into(),
-            Acceleration::Native => "Native",
-            Acceleration::BestEffort => "Best-Effort",
-        };
-        let handle = self.world.maps.get();
-        let devices: Vec<_> = handle
-            .iter()
-            .flat_map(|handle| handle.drivers())
-            .map(|(device, why)| {
-                why.map_or_else(|| format!("{device} in its driver"), |why| format!("{device} by tc: {why}"))
-            })
-            .collect();
-        if devices.is_empty() { name.into() } else { format!("{name} ({})", devices.join("; ")) }
-    }
-
-    /// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
-    fn host_routing(&self) -> String {
-        if self.world.config().services.legacy_host_routing {
-            return "Legacy".into();
-        }
-        let devices = self.world.devices.get().map_or(0, |devices| devices.of_pods());
-        let tracked =
-            if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
-        format!("BPF ({devices} devices of pods{tracked})")
-    }
-
     fn families(&self) -> Vec<&'static str> {
         let families = &self.world.config().families;
         let named = [(families.ipv4, "IPv4"), (families.ipv6, "IPv6")];
         named.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect()
-    }
-
-    fn kube_proxy_replacement(&self) -> KprView {
-        let config = self.world.config();
-        let devices = self.world.devices.get();
-        let selected = devices.iter().flat_map(|devices| devices.selected());
-        let range = config.services.node_port_range;
-        let enabled = || "Enabled".to_owned();
-        let services = [
-            ("ClusterIP", enabled()),
-            ("NodePort", format!("Enabled (Range: {}-{})", range.first, range.last)),
-            ("LoadBalancer", enabled()),
-            ("externalIPs", enabled()),
-            ("HostPort", if config.services.kube_proxy_replacement { enabled() } else { "Disabled".into() }),
-        ];
-        KprView {
-            enabled: config.services.kube_proxy_replacement,
-            devices: selected
-                .map(|device| {
-                    let addresses = device.addresses.iter().map(|net| net.addr().to_string());
-                    std::iter::once(device.name.to_string()).chain(addresses).collect::<Vec<_>>().join(" ")
-                })
-                .collect(),
-            socket_lb: config.services.socket_lb(),
-            mode: self.mode(),
-            backend_selection: match config.services.algorithm {
-                Algorithm::Random => "Random".into(),
-                Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),
-            },
-            session_affinity: true,
-            xdp_acceleration: self.acceleration(),
-            host_routing: self.host_routing(),
-            services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
-        }
     }
 
     fn problems(&self) -> Vec<String> {
@@ -362,7 +276,7 @@ impl Api for Answers {
                 },
                 hooks: self.hooks(),
                 families: self.families().into_iter().map(String::from).collect(),
-                kube_proxy_replacement: self.kube_proxy_replacement(),
+                kube_proxy_replacement: kpr::view(&self.world),
                 sync: self.sync(),
                 maps: self.maps(),
                 connections: self.connections(),

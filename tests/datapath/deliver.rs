@@ -143,10 +143,7 @@ fn forwarded(v6: bool) -> u64 {
         let line = text.lines().find(|line| line.starts_with("Ip6OutForwDatagrams")).unwrap();
         return line.split_whitespace().nth(1).unwrap().parse().unwrap();
     }
-    let text = fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
-    let mut lines = text.lines().filter(|line| line.starts_with("Ip:")).map(str::split_whitespace);
-    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    names.zip(values).find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
+    crate::snmp::counters("Ip")["ForwDatagrams"]
 }
 
 /// Real sockets at both ends. The stack forwards both directions of a connection to a pod, or its answers alone.

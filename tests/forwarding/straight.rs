@@ -1,6 +1,8 @@
 //! `enable-host-legacy-routing=false` on every node: backends here and behind other nodes answer as before, the key works
 //! without a restart in both directions, and everybody is told.
 
+use kinesin::lab::Node;
+
 use super::*;
 
 const KEY: &str = "enable-host-legacy-routing";
@@ -18,12 +20,7 @@ impl Rig {
 
     /// Packets that the stacks of all nodes have forwarded; nobody else forwards anything here.
     fn forwarded(&self) -> u64 {
-        let of = |node: &kinesin::lab::Node| -> u64 {
-            let text = node.netns().run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap()).unwrap();
-            let mut lines = text.lines().filter(|line| line.starts_with("Ip:")).map(str::split_whitespace);
-            let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-            names.zip(values).find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
-        };
+        let of = |node: &Node| node.netns().run(|| snmp::counters("Ip")["ForwDatagrams"]).unwrap();
         self.lab.nodes().iter().map(of).sum()
     }
 

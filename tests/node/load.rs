@@ -8,7 +8,6 @@ use std::time::Duration;
 use kinesin::lab::programs::{ClientOptions, SERVE};
 use kinesin::lab::report::{LoadEvent, Reason};
 use kinesin::lab::{ECHO_PORT, HTTP_PORT, Lab};
-use kinesin::net::Netns;
 use kinesin::net::proc::Process;
 
 use super::{LIMIT, eventually, lab};
@@ -31,14 +30,6 @@ async fn serve_on_node(lab: &Lab) -> Process {
     })
     .await;
     server
-}
-
-/// The TCP counters of a namespace: RFC 4022's names, from /proc/net/snmp.
-fn tcp_counters(netns: &Netns) -> BTreeMap<String, u64> {
-    let text = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap()).unwrap();
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    names.split(' ').zip(values.split(' ')).map(|(n, v)| (n.to_string(), v.parse().unwrap_or(0))).collect()
 }
 
 #[tokio::test]
@@ -78,7 +69,7 @@ async fn the_load_client_counts_every_request_and_every_failure_of_a_server_that
     assert!(totals.longest_gap_ms >= 300, "{totals:?}");
 
     // Nobody else makes connections in the client's namespace, so the kernel knows the truth.
-    let kernel = tcp_counters(lab.client().netns());
+    let kernel = lab.client().netns().run(|| crate::snmp::counters("Tcp")).unwrap();
     assert_eq!(kernel["ActiveOpens"], totals.attempted, "{totals:?}");
     assert_eq!(kernel["AttemptFails"], totals.failures[&Reason::Refused], "{totals:?}");
 }

@@ -1,0 +1,94 @@
+//! What the agent says of kube-proxy's duties: the settings in force, and how far they reach.
+
+use kinesin_core::peers::State;
+use kinesin_core::services::Dispatch;
+
+use crate::admin::views::KprView;
+use crate::config::{Acceleration, Algorithm, LbMode};
+use crate::net::sysctl;
+use crate::world::World;
+
+/// The mode, and how far it reaches.
+fn mode(world: &World) -> String {
+    let services = &world.config().services;
+    let name = match services.mode {
+        LbMode::Auto => "Auto",
+        LbMode::Snat if services.mode_annotation => "SNAT, DSR by annotation",
+        LbMode::Snat => return "SNAT".into(),
+        LbMode::Dsr => "DSR",
+        LbMode::Hybrid => "Hybrid",
+    };
+    let peers = world.peers.get();
+    let peers: Vec<_> = peers.iter().flat_map(|peers| peers.iter()).collect();
+    let near = peers.iter().filter(|peer| peer.state == State::Neighbour).count();
+    let far = peers.iter().filter(|peer| matches!(peer.state, State::Routed(_))).count();
+    let far = match services.beyond() {
+        Dispatch::Snat | Dispatch::L2 => String::new(),
+        dispatch => format!(", {} to {far}", dispatch.text().to_uppercase()),
+    };
+    format!("{name} (L2 to {near}{far} of {} other nodes, else SNAT)", peers.len())
+}
+
+/// Whether drivers forward too, and on which devices they do not.
+fn acceleration(world: &World) -> String {
+    let name = match world.config().services.acceleration {
+        Acceleration::Disabled => return "Disabled".into(),
+        Acceleration::Native => "Native",
+        Acceleration::BestEffort => "Best-Effort",
+    };
+    let handle = world.maps.get();
+    let devices: Vec<_> = handle
+        .iter()
+        .flat_map(|handle| handle.drivers())
+        .map(|(device, why)| {
+            why.map_or_else(|| format!("{device} in its driver"), |why| format!("{device} by tc: {why}"))
+        })
+        .collect();
+    if devices.is_empty() { name.into() } else { format!("{name} ({})", devices.join("; ")) }
+}
+
+/// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
+fn host_routing(world: &World) -> String {
+    if world.config().services.legacy_host_routing {
+        return "Legacy".into();
+    }
+    let devices = world.devices.get().map_or(0, |devices| devices.of_pods());
+    let tracked =
+        if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
+    format!("BPF ({devices} devices of pods{tracked})")
+}
+
+/// What `kinesin status` says of it.
+pub(super) fn view(world: &World) -> KprView {
+    let config = world.config();
+    let devices = world.devices.get();
+    let selected = devices.iter().flat_map(|devices| devices.selected());
+    let range = config.services.node_port_range;
+    let enabled = || "Enabled".to_owned();
+    let services = [
+        ("ClusterIP", enabled()),
+        ("NodePort", format!("Enabled (Range: {}-{})", range.first, range.last)),
+        ("LoadBalancer", enabled()),
+        ("externalIPs", enabled()),
+        ("HostPort", if config.services.kube_proxy_replacement { enabled() } else { "Disabled".into() }),
+    ];
+    KprView {
+        enabled: config.services.kube_proxy_replacement,
+        devices: selected
+            .map(|device| {
+                let addresses = device.addresses.iter().map(|net| net.addr().to_string());
+                std::iter::once(device.name.to_string()).chain(addresses).collect::<Vec<_>>().join(" ")
+            })
+            .collect(),
+        socket_lb: config.services.socket_lb(),
+        mode: mode(world),
+        backend_selection: match config.services.algorithm {
+            Algorithm::Random => "Random".into(),
+            Algorithm::Maglev => format!("Maglev (Table Size: {})", config.services.maglev_table_size),
+        },
+        session_affinity: true,
+        xdp_acceleration: acceleration(world),
+        host_routing: host_routing(world),
+        services: services.into_iter().map(|(name, state)| (name.to_owned(), state)).collect(),
+    }
+}

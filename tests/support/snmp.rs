@@ -1,0 +1,13 @@
+//! The kernel's counters of this thread's network namespace, by the names that the MIBs have (RFC 4022, RFC 4293).
+
+use std::collections::BTreeMap;
+
+/// Those of a protocol, as `Tcp` or `Ip`, from `/proc/net/snmp`.
+pub(crate) fn counters(protocol: &str) -> BTreeMap<String, u64> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let prefix = format!("{protocol}: ");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix(&*prefix));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    // One of them is negative where there is no limit.
+    names.split(' ').zip(values.split(' ')).map(|(name, value)| (name.to_owned(), value.parse().unwrap_or(0))).collect()
+}
