@@ -67,3 +67,27 @@ async fn packets_to_pods_go_straight_or_by_the_stack_as_the_key_says_and_connect
     assert!(by_stack >= echoes * 2, "{by_stack} of {echoes} echoes");
     assert!(straight < by_stack * 3 / 4 && again < by_stack * 3 / 4, "{straight}, {by_stack}, {again}");
 }
+
+/// As many as a large node has pods, and more: all of them are written, and no actor fails over it.
+#[tokio::test]
+async fn a_node_with_hundreds_of_devices_has_all_of_them_in_its_map() {
+    const MORE: usize = 400;
+    let rig = rig("devices", &[(KEY, "false")], "").await;
+    let node = rig.lab.node(1);
+    let pair = |number| format!("link add more{number} type veth peer name other{number}\n");
+    let links: String = (0..MORE / 2).map(pair).collect();
+    let batch = node.dir().join("links");
+    std::fs::write(&batch, links).unwrap();
+    let mut command = Command::new("ip");
+    command.arg("-batch").arg(&batch);
+    assert!(node.netns().run(|| command.status().unwrap()).unwrap().success());
+    eventually("the devices are in the map", async || {
+        let (_, tables) = rig.agent(1).get("/v1/tables").await.unwrap();
+        let tables: Vec<kinesin::admin::views::TableView> = serde_json::from_str(&tables).unwrap();
+        tables.iter().any(|table| table.name == "devices" && table.rows as usize >= MORE)
+    })
+    .await;
+    let (_, metrics) = rig.agent(1).get("/metrics").await.unwrap();
+    let restarts: Vec<_> = metrics.lines().filter(|line| line.starts_with("kinesin_actor_restarts_total")).collect();
+    assert_eq!(restarts, Vec::<&str>::new());
+}
