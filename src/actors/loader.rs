@@ -27,7 +27,7 @@ use kinesin_core::plan::Limits;
 use metrics::counter;
 use smol_str::SmolStr;
 
-use self::load::{Loaded, Options, acceleration, device_value, open};
+use self::load::{Loaded, Options, acceleration, device_value, most_needed, open};
 use self::told::Told;
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
@@ -289,15 +289,25 @@ impl Loader {
             value.flags |= if devices.lead_to_pod(device) { DEVICE_POD } else { 0 };
             (device.ifindex, value)
         };
-        let values: BTreeMap<_, _> = devices.all.iter().map(value).collect();
+        let room = self.options.sizes.devices as usize;
+        let fitting = most_needed(devices, room);
+        let left_out = devices.all.len() - fitting.len();
+        let problem = || {
+            format!(
+                "{left_out} devices are not in the map, which holds {room}: packets to pods behind them go by the host's stack"
+            )
+        };
+        self.world.problems.set("devices-map", (left_out > 0).then(problem).into_iter().collect());
+        let values: BTreeMap<_, _> = fitting.into_iter().map(value).collect();
         let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
         let mut written = 0;
-        for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
-            self.loaded.store.put_device(*ifindex, value)?;
-            written += 1;
-        }
+        // First, so that there is room.
         for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
             self.loaded.store.delete_device(*ifindex)?;
+            written += 1;
+        }
+        for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
+            self.loaded.store.put_device(*ifindex, value)?;
             written += 1;
         }
         Ok(written)

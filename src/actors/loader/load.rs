@@ -14,6 +14,7 @@ use crate::config::{self, Config};
 use crate::datapath::{Acceleration, Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs};
 use crate::machine;
 use crate::sync::lock;
+use crate::world::Devices;
 
 /// Counts loads of this process, so that every load is a change to those who follow the maps.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
@@ -123,5 +124,35 @@ pub(super) fn device_value(device: &Device) -> DeviceValue {
         flags: if mac.is_some() { DEVICE_ETHERNET } else { 0 },
         ipv4: ipv4.unwrap_or_default(),
         ipv6: ipv6.unwrap_or_default(),
+    }
+}
+
+/// As many devices as there is room for: those that we serve before those that lend their address to packets that leave by
+/// them, and these before pods'.
+pub(super) fn most_needed(devices: &Devices, room: usize) -> Vec<&Device> {
+    let mut all: Vec<&Device> = devices.all.iter().collect();
+    all.sort_by_key(|device| (!devices.selected.contains(&device.ifindex), device.addresses.is_empty()));
+    all.truncate(room);
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_the_map_is_small_devices_that_are_served_come_first_and_pods_last() {
+        let device = |ifindex, address: Option<&str>| Device {
+            ifindex,
+            addresses: address.into_iter().map(|address| address.parse().expect("valid")).collect(),
+            ..Device::default()
+        };
+        let all =
+            vec![device(1, Some("127.0.0.1/8")), device(2, None), device(3, None), device(4, Some("10.0.0.4/24"))];
+        let devices = Devices { all, selected: vec![3] };
+        let chosen = |room| most_needed(&devices, room).iter().map(|device| device.ifindex).collect::<Vec<_>>();
+        assert_eq!(chosen(9), [3, 1, 4, 2]);
+        assert_eq!(chosen(2), [3, 1]);
+        assert_eq!(chosen(0), [0u32; 0]);
     }
 }
