@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
-use kinesin::admin::views::StatusView;
+use kinesin::admin::views::{KprView, StatusView};
 use kinesin::lab::{AgentHandle, AgentOptions, CLIENT_ADDRESS, HTTP_PORT, Lab, LabBuilder, get_from, manifests};
 use kinesin::net::Netns;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -126,6 +126,14 @@ impl Rig {
                 }
             }
             true
+        })
+        .await;
+    }
+
+    /// Waits until a node says so of one of kube-proxy's duties.
+    async fn wait_for_duty(&self, number: usize, says: &str, duty: impl Fn(KprView) -> String) {
+        eventually(&format!("node {number} says {says:?}"), async || {
+            self.status(number).await.is_some_and(|status| duty(status.kube_proxy_replacement) == says)
         })
         .await;
     }

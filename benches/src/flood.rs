@@ -61,21 +61,21 @@ pub(crate) fn run() -> anyhow::Result<()> {
     })?;
     let took = begun.elapsed();
     // All of them, and how long after the last one was sent.
-    let gained = |after: &[(String, u64)]| within(after, ALL) - within(&before, ALL);
     let after = arrived(&runtime, &agent, &before, sent)?;
+    let stored = gained(&before, &after, ALL);
     let behind = begun.elapsed() - took;
     let cores = cpu_time(agent.pid())?.saturating_sub(cpu).as_secs_f64() / took.as_secs_f64();
     let (first, last) = (resident[0], resident[resident.len() - 1]);
     let most = resident.iter().copied().max().unwrap_or(0);
     line(
         &format!("{} changes a second for {} s", FLOOD.0, FLOOD.1),
-        &[("sent", sent.to_string()), ("in the maps", gained(&after).to_string()), ("behind by", ms(behind))],
+        &[("sent", sent.to_string()), ("in the maps", stored.to_string()), ("behind by", ms(behind))],
     );
     line("    the agent's processor time", &[("cores", format!("{cores:.2}"))]);
     line("    the agent's VmRSS", &[("before", mib(first)), ("most", mib(most)), ("at the end", mib(last))]);
     line("    in the agent, event to map, counts by seconds", &[("", between(&before, &after))]);
     let text = format!("{cores:.2} cores, {} to {}", mib(first), mib(last));
-    let holds = cores < 0.5 && gained(&after) == sent && last <= first + first / 10;
+    let holds = cores < 0.5 && stored == sent && last <= first + first / 10;
     goals::ours("1,000 changes a second for 60 s", "< 0.5, flat", text, Some(holds));
     runtime.block_on(agent.stop());
     detach_all(&node.bpf_root())?;
@@ -90,7 +90,7 @@ fn calm(runtime: &Runtime, agent: &AgentHandle, watch: &mut TcpStream) -> anyhow
     let sent = send(watch, 0, CALM, Instant::now())?;
     let after = arrived(runtime, agent, &before, sent)?;
     let cpu = cpu_time(agent.pid())?.saturating_sub(cpu);
-    let (fast, all) = (within(&after, "0.001") - within(&before, "0.001"), within(&after, ALL) - within(&before, ALL));
+    let (fast, all) = (gained(&before, &after, "0.001"), gained(&before, &after, ALL));
     line(
         &format!("{} changes a second for {} s", CALM.0, CALM.1),
         &[("sent", sent.to_string()), ("processor time each", ms(cpu / sent.max(1) as u32))],
@@ -106,7 +106,7 @@ fn arrived(runtime: &Runtime, agent: &AgentHandle, before: &[Bucket], sent: u64)
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let after = histogram(runtime, agent)?;
-        if within(&after, ALL) - within(before, ALL) >= sent || Instant::now() > deadline {
+        if gained(before, &after, ALL) >= sent || Instant::now() > deadline {
             return Ok(after);
         }
         pause(Duration::from_millis(20));
@@ -119,8 +119,11 @@ type Bucket = (String, u64);
 /// The bucket of everything.
 const ALL: &str = "+Inf";
 
-fn within(histogram: &[Bucket], bound: &str) -> u64 {
-    histogram.iter().find(|(other, _)| other == bound).map_or(0, |(_, count)| *count)
+/// How many more are not above a bound.
+fn gained(before: &[Bucket], after: &[Bucket], bound: &str) -> u64 {
+    let within =
+        |histogram: &[Bucket]| histogram.iter().find(|(other, _)| other == bound).map_or(0, |(_, count)| *count);
+    within(after) - within(before)
 }
 
 /// The server.

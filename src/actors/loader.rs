@@ -286,7 +286,7 @@ impl Loader {
         let value = |device: &Device| {
             let mut value = device_value(device);
             value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
-            value.flags |= if devices.lead_to_pod(device) { DEVICE_POD } else { 0 };
+            value.flags |= if devices.is_of_pod(device) { DEVICE_POD } else { 0 };
             (device.ifindex, value)
         };
         let room = self.options.sizes.devices as usize;

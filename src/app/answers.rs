@@ -232,8 +232,7 @@ impl Answers {
         }
         let driven = handle.drivers().filter(|(_, why)| why.is_none()).count();
         gauge!("kinesin_accelerated_devices").set(driven as f64);
-        let direct = self.world.devices.get().filter(|_| !self.world.config().services.legacy_host_routing);
-        gauge!("kinesin_direct_devices").set(direct.map_or(0, |devices| devices.of_pods()) as f64);
+        gauge!("kinesin_direct_devices").set(kpr::direct_devices(&self.world).unwrap_or(0) as f64);
         for (reason, direction, count) in handle.tables.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];

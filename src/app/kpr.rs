@@ -47,12 +47,15 @@ fn acceleration(world: &World) -> String {
     if devices.is_empty() { name.into() } else { format!("{name} ({})", devices.join("; ")) }
 }
 
+/// How many devices of pods packets go straight to; none where all of them pass the host's stack.
+pub(super) fn direct_devices(world: &World) -> Option<usize> {
+    let direct = !world.config().services.legacy_host_routing;
+    direct.then(|| world.devices.get().map_or(0, |devices| devices.of_pods()))
+}
+
 /// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
 fn host_routing(world: &World) -> String {
-    if world.config().services.legacy_host_routing {
-        return "Legacy".into();
-    }
-    let devices = world.devices.get().map_or(0, |devices| devices.of_pods());
+    let Some(devices) = direct_devices(world) else { return "Legacy".into() };
     let tracked =
         if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
     format!("BPF ({devices} devices of pods{tracked})")

@@ -28,13 +28,13 @@ impl Devices {
     }
 
     /// Whether packets to a pod of this node may go straight to it through the device: not through one to the LAN.
-    pub fn lead_to_pod(&self, device: &Device) -> bool {
+    pub fn is_of_pod(&self, device: &Device) -> bool {
         device.leads_to_pod() && !self.selected.contains(&device.ifindex)
     }
 
     /// How many devices do.
     pub fn of_pods(&self) -> usize {
-        self.all.iter().filter(|device| self.lead_to_pod(device)).count()
+        self.all.iter().filter(|device| self.is_of_pod(device)).count()
     }
 
     /// A device by index.

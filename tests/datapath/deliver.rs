@@ -6,28 +6,30 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
 use kinesin::datapath::MapStore;
 use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto};
+use kinesin_core::trace::Verdict;
 
 use crate::packets::{ACK, End, IP, SYN, ends, tcp, ttl, udp};
 use crate::packets6::{ends6, hops, tcp6};
 use crate::rig::*;
+use crate::trace::{self, Seen, Traced};
 use crate::traffic::{Lan, PATIENCE, connect_to, exchange};
 
-pub(crate) const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x55];
-pub(crate) const POD_DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x54];
+const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x55];
+const POD_DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x54];
 /// Datagrams per family; more than what else a pod and its node have to say to each other meanwhile.
 const DATAGRAMS: u64 = 500;
 
-pub(crate) fn direct() -> Settings {
+fn direct() -> Settings {
     let settings = settings();
     Settings { flags: settings.flags | SETTING_DIRECT_TO_PODS, ..settings }
 }
 
-pub(crate) fn pod_device() -> DeviceValue {
+fn pod_device() -> DeviceValue {
     DeviceValue { mac: POD_DEVICE_MAC, flags: DEVICE_ETHERNET | DEVICE_POD, ..DeviceValue::default() }
 }
 
 /// A rig whose local pods are behind a device of their own, and known to the neighbour table.
-pub(crate) fn with_pod() -> Rig {
+fn with_pod() -> Rig {
     let rig = Rig::dual();
     ip("link add pod0 address 02:00:00:00:00:54 type veth peer name pod1");
     ip("link set pod0 up");
@@ -133,6 +135,33 @@ fn whatever_only_the_stack_does_is_left_to_it() {
         ip("route del unreachable 10.42.1.5/32");
         ip("addr add 10.42.1.5/32 dev lo");
         rig.assert_goes(&packet, false);
+    });
+}
+
+/// `kinesin trace`, held against the programs.
+#[test]
+fn the_way_to_a_pod_of_this_node_is_told() {
+    isolated(|| {
+        let mut traced = Traced::of(with_pod(), &[]);
+        let to_pod = |sport| trace::packet(proto::TCP, (CLIENT, sport), (VIP, TO_LOCAL));
+        let straight = |sport| Seen::Sent((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
+        let by_stack = |sport| Seen::Translated((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
+        // The first packet of a connection, and another one.
+        for _ in 0..2 {
+            let (said, seen) = traced.agree(&to_pod(1));
+            assert_eq!(seen, straight(1));
+            let Verdict::Sent { device, .. } = &said.ways[0].verdict else { panic!("{said:?}") };
+            assert_eq!(device, "pod0");
+        }
+        ip("neigh del 10.42.1.5 dev pod0");
+        traced.look_again();
+        assert_eq!(traced.agree(&to_pod(1)).1, by_stack(1));
+        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
+        ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 nud stale dev pod0");
+        traced.look_again();
+        assert_eq!(traced.agree(&to_pod(2)).1, straight(2));
+        traced.rig.maps.write_settings(&settings()).unwrap();
+        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
     });
 }
 

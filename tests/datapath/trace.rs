@@ -17,14 +17,13 @@ use kinesin_abi::{
 use kinesin_core::plan::Op;
 use kinesin_core::trace::{Packet, Place, Question, Step, Trace, Tuple, Verdict, place, trace};
 
-use crate::deliver::with_pod;
 use crate::packets::{IP, SYN, checksum, ends, ipv4, tcp, udp};
 use crate::rig::*;
 use crate::sockets::Cgroup;
 
 /// What became of a packet, as far as can be seen from outside the programs.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Seen {
+pub(crate) enum Seen {
     Untouched,
     Translated(SocketAddr, SocketAddr),
     Sent(SocketAddr, SocketAddr),
@@ -35,8 +34,8 @@ enum Seen {
 }
 
 /// A rig with its own view of itself, as `kinesin trace` has it.
-struct Traced {
-    rig: Rig,
+pub(crate) struct Traced {
+    pub(crate) rig: Rig,
     live: Live,
     runtime: tokio::runtime::Runtime,
 }
@@ -46,7 +45,7 @@ impl Traced {
         Self::of(Rig::new(), ops)
     }
 
-    fn of(mut rig: Rig, ops: &[Op]) -> Self {
+    pub(crate) fn of(mut rig: Rig, ops: &[Op]) -> Self {
         let hooks = rig.datapath.attach_device(LAN, rig.lan).unwrap();
         rig.maps.apply(ops).unwrap();
         let runtime =
@@ -56,7 +55,7 @@ impl Traced {
     }
 
     /// Looks at the neighbour table anew, as each `kinesin trace` does.
-    fn look_again(&mut self) {
+    pub(crate) fn look_again(&mut self) {
         let hooks = self.rig.datapath.hooks();
         self.live = Live::open(self.rig.maps.clone(), hooks, self.runtime.handle().clone()).unwrap();
     }
@@ -101,7 +100,7 @@ impl Traced {
 
     /// Traces a packet from the LAN, runs it, and holds one against the other.
     #[track_caller]
-    fn agree(&mut self, packet: &Packet) -> (Trace, Seen) {
+    pub(crate) fn agree(&mut self, packet: &Packet) -> (Trace, Seen) {
         self.agree_at("cil_from_netdev", packet, Place::Device(self.rig.lan))
     }
 
@@ -157,7 +156,7 @@ fn matches(said: &Verdict, seen: &Seen) -> bool {
     }
 }
 
-fn packet(proto: u8, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Packet {
+pub(crate) fn packet(proto: u8, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Packet {
     Packet { src: Some(from.0.into()), sport: from.1, dst: to.0.into(), dport: to.1, proto }
 }
 
@@ -456,32 +455,6 @@ fn traces_follow_settings_devices_and_the_kernels_forwarding() {
         // A device without address has none to give.
         traced.rig.maps.put_device(traced.rig.lan, &kinesin_abi::DeviceValue { ipv4: 0, ..device() }).unwrap();
         assert_eq!(traced.agree(&to_remote(40_003)).1, dropped(DropReason::NoNatMapping));
-    });
-}
-
-#[test]
-fn the_way_to_a_pod_of_this_node_is_told() {
-    isolated(|| {
-        let mut traced = Traced::of(with_pod(), &[]);
-        let to_pod = |sport| packet(proto::TCP, (CLIENT, sport), (VIP, TO_LOCAL));
-        let straight = |sport| Seen::Sent((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
-        let by_stack = |sport| Seen::Translated((CLIENT, sport).into(), (LOCAL_POD, 8080).into());
-        // The first packet of a connection, and another one.
-        for _ in 0..2 {
-            let (said, seen) = traced.agree(&to_pod(1));
-            assert_eq!(seen, straight(1));
-            let Verdict::Sent { device, .. } = &said.ways[0].verdict else { panic!("{said:?}") };
-            assert_eq!(device, "pod0");
-        }
-        ip("neigh del 10.42.1.5 dev pod0");
-        traced.look_again();
-        assert_eq!(traced.agree(&to_pod(1)).1, by_stack(1));
-        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
-        ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 nud stale dev pod0");
-        traced.look_again();
-        assert_eq!(traced.agree(&to_pod(2)).1, straight(2));
-        traced.rig.maps.write_settings(&settings()).unwrap();
-        assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));
     });
 }
 

@@ -37,10 +37,7 @@ impl Rig {
 
     /// Waits until a node says so of its acceleration.
     async fn wait_for_acceleration(&self, number: usize, says: &str) {
-        eventually(&format!("node {number} says {says:?}"), async || {
-            self.status(number).await.is_some_and(|status| status.kube_proxy_replacement.xdp_acceleration == says)
-        })
-        .await;
+        self.wait_for_duty(number, says, |duties| duties.xdp_acceleration).await;
     }
 }
 

@@ -11,10 +11,7 @@ impl Rig {
     /// Waits until every node says so of the way to its pods.
     async fn wait_for_host_routing(&self, says: &str) {
         for number in 1..=3 {
-            eventually(&format!("node {number} says {says:?}"), async || {
-                self.status(number).await.is_some_and(|status| status.kube_proxy_replacement.host_routing == says)
-            })
-            .await;
+            self.wait_for_duty(number, says, |duties| duties.host_routing).await;
         }
     }
 
