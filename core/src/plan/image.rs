@@ -56,6 +56,11 @@ pub(super) struct Image {
     pub(super) removed: Vec<Backend>,
 }
 
+/// Whether a frontend asks a list of clients, served or not.
+fn restricts(value: FrontendValue) -> bool {
+    value.flags & frontend_flags::SOURCE_RANGES != 0
+}
+
 pub(super) fn key_of(backend: &Backend) -> BackendKey {
     (backend.addr, backend.port, backend.proto)
 }
@@ -343,10 +348,10 @@ impl Image {
         }
         self.frontends.entry(key).or_insert(FrontendEntry { value, owner: None, users: 0 }).value = value;
         let denies = |value: FrontendValue| value.flags & DENIES == DENIES;
-        let restricts = |value: FrontendValue| value.flags & frontend_flags::SOURCE_RANGES != 0;
         let stage = match before {
             Some(before) if denies(before) && !restricts(value) => &mut stages.opened,
             Some(before) if !restricts(before) && denies(value) => &mut stages.closed,
+            None if restricts(value) => &mut stages.closed,
             _ => &mut stages.frontends,
         };
         stage.push(Op::PutFrontend(key, value));
@@ -355,7 +360,8 @@ impl Image {
     pub(super) fn delete_frontend(&mut self, key: FrontendKey, stages: &mut Stages) {
         if let Some(entry) = self.frontends.remove(&key) {
             self.count_refs(&entry.value, false, stages);
-            stages.deletes.push(Op::DeleteFrontend(key));
+            let stage = if restricts(entry.value) { &mut stages.withdrawn } else { &mut stages.deletes };
+            stage.push(Op::DeleteFrontend(key));
         }
     }
 

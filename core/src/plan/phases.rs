@@ -88,11 +88,10 @@ fn keep_wildcards(plans: &mut [Vec<Op>]) {
     }
 }
 
-/// Whether frontends are written before source ranges, or after some were deleted: see `Stages`.
+/// Whether frontends are written or deleted before source ranges, or written after some were deleted: see `Stages`.
 fn depends_on_order(plan: &[Op]) -> bool {
-    let frontend = |op: &Op| matches!(op, Op::PutFrontend(..));
-    let first = plan.iter().position(frontend);
-    let last = plan.iter().rposition(frontend);
+    let first = plan.iter().position(|op| matches!(op, Op::PutFrontend(..) | Op::DeleteFrontend(_)));
+    let last = plan.iter().rposition(|op| matches!(op, Op::PutFrontend(..)));
     let put = plan.iter().rposition(|op| matches!(op, Op::PutSourceRange(_)));
     let deleted = plan.iter().position(|op| matches!(op, Op::DeleteSourceRange(_)));
     first.zip(put).is_some_and(|(first, put)| first < put)

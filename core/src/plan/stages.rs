@@ -14,11 +14,13 @@ pub(super) struct Stages {
     pub(super) tables: Vec<Op>,
     /// Frontends that no longer ask a list of clients not served: before that list grows for others.
     pub(super) opened: Vec<Op>,
+    /// Deletions of frontends that ask a list of clients: before that list changes for those that stay.
+    pub(super) withdrawn: Vec<Op>,
     pub(super) ranges: Vec<Op>,
     pub(super) frontends: Vec<Op>,
     pub(super) deletes: Vec<Op>,
     pub(super) range_deletes: Vec<Op>,
-    /// Frontends that begin to ask such a list: not before it has shrunk.
+    /// Frontends that begin to ask such a list, and new ones that ask any: not before it has shrunk.
     pub(super) closed: Vec<Op>,
     pub(super) table_deletes: Vec<Op>,
     pub(super) empties: Vec<Op>,
@@ -53,6 +55,7 @@ impl Stages {
         }
         ops.append(&mut self.tables);
         ops.append(&mut self.opened);
+        ops.append(&mut self.withdrawn);
         ops.append(&mut self.ranges);
         if self.delete_first {
             ops.append(&mut self.deletes);

@@ -106,7 +106,7 @@ impl Maps {
             for (key, served) in step {
                 let allowed = [before.get(key), after.get(key)];
                 for (client, served) in served.iter().enumerate() {
-                    let known = allowed.iter().any(|then| then.is_none_or(|then| then[client] == *served));
+                    let known = allowed.iter().any(|then| then.is_some_and(|then| then[client]) == *served);
                     assert!(known, "client {client} of {key:?} after op {done} of {ops:#?}");
                 }
             }

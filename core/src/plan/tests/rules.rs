@@ -349,3 +349,28 @@ fn r40_a_list_is_complete_before_a_frontend_asks_it_and_until_none_does() {
     maps.apply_safely(&planner.remove(&key("web")));
     assert_eq!(maps, Maps::default());
 }
+
+#[test]
+fn r40_a_frontend_comes_and_goes_with_a_list_that_is_its_own() {
+    let (mut planner, mut maps) = (planner(), Maps::default());
+    let with = |vip, range, deny| Spec { vip, ranges: [range].into(), deny, all_types: true, ..web(ups([1])) };
+    for deny in [true, false] {
+        update(&mut planner, &mut maps, "web", &with(Some(1), 1, deny));
+        // The load balancer's address goes, to a service that waits for it or to nobody, while the list becomes another's.
+        for waits in [true, false] {
+            if waits {
+                update(&mut planner, &mut maps, "other", &Spec { ip: 2, vip: Some(1), ..web(ups([1])) });
+            }
+            let ops = update(&mut planner, &mut maps, "web", &with(None, 3, deny));
+            let expected: &[&str] = if waits {
+                &["delete", "range", "delete range", "frontend"]
+            } else {
+                &["delete", "range", "delete", "delete range"]
+            };
+            assert_eq!(kinds(&ops), expected, "denies: {deny}");
+            maps.apply_safely(&planner.remove(&key("other")));
+            let ops = update(&mut planner, &mut maps, "web", &with(Some(1), 1, deny));
+            assert_eq!(kinds(&ops), ["range", "frontend", "delete range", "frontend"], "denies: {deny}");
+        }
+    }
+}
