@@ -22,7 +22,7 @@ use crate::programs::once;
 use crate::report::{heading, line, median, quantile};
 use crate::requests::{VIPS, prepare, wait_served};
 use crate::rig::{CLIENT, LAN, REMOTE_POD, Rig, TO_REMOTE, VIP, backend, frontend, isolated, small, value};
-use crate::traffic::{Load, SINK_PORT, TIME_WAIT, compare, keep_alive, new_connections};
+use crate::traffic::{Load, SINK_PORT, TIME_WAIT, TURNS, compare, keep_alive, new_connections};
 
 const CALLS: usize = 4_000;
 const INGRESS: &str = "cil_from_netdev";
@@ -116,7 +116,8 @@ fn requests() -> anyhow::Result<()> {
             ];
             for (name, load, port, target) in loads {
                 let (through, direct) = (SocketAddr::from((vip, port)), SocketAddr::from((pod, target)));
-                compare(cluster.lab.client(), &format!("{name}, backend on another node"), through, direct, load)?;
+                let what = format!("{name}, backend on another node");
+                compare(cluster.lab.client(), &what, (through, direct), load, TURNS)?;
             }
             let sent = accelerated(&cluster, &agents[0])? - before;
             line("packets sent by the driver", &[("in all", sent.to_string())]);

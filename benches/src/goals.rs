@@ -49,6 +49,6 @@ pub(crate) fn print() {
             None => "stated",
         };
         let others: Vec<_> = row.others.iter().map(|(who, figure)| format!("{who} {figure}")).collect();
-        println!("{:<52} {:<12} {:<24} {verdict:<7} {}", row.what, row.goal, row.ours, others.join("; "));
+        println!("{:<70} {:<12} {:<24} {verdict:<7} {}", row.what, row.goal, row.ours, others.join("; "));
     }
 }

@@ -22,7 +22,7 @@ pub(crate) const TIME_WAIT: Duration = Duration::from_secs(60);
 pub(crate) const SINK_PORT: u16 = 5_001;
 
 const TURN: Duration = Duration::from_millis(500);
-const TURNS: usize = 15;
+pub(crate) const TURNS: usize = 15;
 pub(crate) const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 /// Both of Linux' own range, as clients have them. Apart from each other, so that no balancer meets the same two ends once
 /// translated and once not.
@@ -54,9 +54,9 @@ pub(crate) type Load<'a> = &'a (dyn Fn(SocketAddr, Duration) -> anyhow::Result<u
 pub(crate) fn compare(
     client: &Client,
     what: &str,
-    through: SocketAddr,
-    direct: SocketAddr,
+    (through, direct): (SocketAddr, SocketAddr),
     load: Load<'_>,
+    turns: usize,
 ) -> anyhow::Result<f64> {
     let turn = |to| -> anyhow::Result<f64> {
         let ports = if to == through { PORTS_THROUGH } else { PORTS_DIRECT };
@@ -71,7 +71,7 @@ pub(crate) fn compare(
     turn(through)?;
     turn(direct)?;
     let (mut ratios, mut rates) = (Vec::new(), Vec::new());
-    for number in 0..TURNS {
+    for number in 0..turns {
         // Whoever comes second may profit or suffer from it: take turns in that, too.
         let (vip, pod) = if number % 2 == 0 {
             let vip = turn(through)?;
@@ -164,6 +164,8 @@ pub(crate) struct Sink {
     over: Arc<AtomicBool>,
 }
 
+/// How long a thread looks for the next datagram before it sleeps.
+const AWAKE: Duration = Duration::from_millis(1);
 /// How long a thread waits for something to come before it looks whether it is still wanted.
 const PATIENCE: Duration = Duration::from_millis(200);
 
@@ -237,13 +239,22 @@ fn swallow_stream(listener: &TcpListener, bytes: &AtomicU64, over: &AtomicBool) 
     Ok(())
 }
 
+/// As a server under load does, it does not sleep between two datagrams: to wake it took longer than any balancer, and the
+/// slower they came, the more often it was needed.
 fn swallow_datagrams(socket: &UdpSocket, datagrams: &AtomicU64, over: &AtomicBool) -> anyhow::Result<()> {
     pin(Pid::from_raw(0), 1)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let mut buffer = [0; 64];
+    let mut last = None;
     while !over.load(Ordering::Relaxed) {
         if socket.recv(&mut buffer).is_ok() {
             datagrams.fetch_add(1, Ordering::Relaxed);
+            if last.replace(Instant::now()).is_none() {
+                socket.set_nonblocking(true)?;
+            }
+        } else if last.is_some_and(|last| last.elapsed() > AWAKE) {
+            socket.set_nonblocking(false)?;
+            last = None;
         }
     }
     Ok(())
