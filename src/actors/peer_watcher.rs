@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kinesin_core::peers::{self, Beyond, Peer, State};
+use kinesin_core::peers::{self, Beyond, Peer, State, Usage};
 use kinesin_core::trace::RouteQuery;
 use metrics::gauge;
 use rtnetlink::packet_route::neighbour::NeighbourState;
@@ -164,7 +164,8 @@ impl PeerWatcher {
             .is_complete()
             .then(|| self.world.nodes.keys().iter().map(|key| peers::tag(&key.name)).collect());
         let known = |tag| nodes.as_ref().is_none_or(|nodes| nodes.contains(&tag));
-        let wanted = peers::entries(peers, self.enabled(), &held, known);
+        let usage = Usage { new: self.enabled(), across: !self.world.config().services.legacy_host_routing };
+        let wanted = peers::entries(peers, usage, &held, known);
         let held: BTreeMap<_, _> = held.into_iter().collect();
         for (key, value) in wanted.iter().filter(|(key, value)| held.get(key) != Some(value)) {
             store.put_peer(key, value)?;

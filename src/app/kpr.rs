@@ -53,12 +53,20 @@ pub(super) fn direct_devices(world: &World) -> Option<usize> {
     direct.then(|| world.devices.get().map_or(0, |devices| devices.of_pods()))
 }
 
+/// The devices by whose other end frames for neighbours leave, in a node that is a container.
+fn across(world: &World) -> String {
+    let devices = world.devices.get().filter(|_| world.config().services.hands_on());
+    let names: Vec<_> =
+        devices.iter().flat_map(|devices| devices.of_container()).map(|device| device.name.as_str()).collect();
+    if names.is_empty() { String::new() } else { format!("; to neighbours across {}", names.join(", ")) }
+}
+
 /// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
 fn host_routing(world: &World) -> String {
     let Some(devices) = direct_devices(world) else { return "Legacy".into() };
     let tracked =
         if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
-    format!("BPF ({devices} devices of pods{tracked})")
+    format!("BPF ({devices} devices of pods{}{tracked})", across(world))
 }
 
 /// What `kinesin status` says of it.

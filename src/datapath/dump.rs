@@ -6,11 +6,11 @@ use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, COUNT_ACCELERATED,
     DEVICE_ETHERNET, DEVICE_POD, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT,
     FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
-    FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey,
-    PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6,
-    SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6,
-    Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY,
-    TCP_SEEN_RST, frontend_flags, proto,
+    FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_ACROSS, PEER_BY_ROUTE,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
+    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
+    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 use kinesin_core::devices::mac_text;
 
@@ -157,8 +157,9 @@ fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
         (false, false) => "keeps-old",
         (false, true) => "keeps-old by-route",
     };
+    let across = if value.flags & PEER_ACROSS != 0 { " across" } else { "" };
     let (v4, v6) = (Ipv4Addr::from(value.ipv4.to_ne_bytes()), IpAddr::from(value.ipv6));
-    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}", value.node, mac_text(value.mac_bytes()), value.ifindex))
+    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}{across}", value.node, mac_text(value.mac_bytes()), value.ifindex))
 }
 
 fn settings(value: &Settings) -> String {

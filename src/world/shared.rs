@@ -29,12 +29,17 @@ impl Devices {
 
     /// Whether packets to a pod of this node may go straight to it through the device: not through one to the LAN.
     pub fn is_of_pod(&self, device: &Device) -> bool {
-        device.leads_to_pod() && !self.selected.contains(&device.ifindex)
+        device.leads_across() && !self.selected.contains(&device.ifindex)
     }
 
     /// How many devices do.
     pub fn of_pods(&self) -> usize {
         self.all.iter().filter(|device| self.is_of_pod(device)).count()
+    }
+
+    /// The devices to the LAN whose other end is in another namespace: this node is a container.
+    pub fn of_container(&self) -> impl Iterator<Item = &Device> {
+        self.selected().filter(|device| device.leads_across())
     }
 
     /// A device by index.

@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::time::Instant;
 
+use aya::maps::{PerCpuArray, PerCpuValues};
 use kinesin::datapath::MapStore;
 use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto};
 use kinesin_core::trace::Verdict;
@@ -47,6 +49,16 @@ const FROM: End = (CLIENT, 40_000);
 const TO: End = (VIP, TO_LOCAL);
 
 impl Rig {
+    /// Makes the programs ask the routing tables for the next packet, whatever they were told moments ago.
+    fn ask_again(&mut self) {
+        let map = self.datapath.ebpf_mut().map_mut("HOPS").expect("in the object");
+        let mut hops: PerCpuArray<_, [u8; 64]> = map.try_into().expect("an array for each CPU");
+        for index in 0..hops.len() {
+            let nothing = vec![[0; 64]; aya::util::nr_cpus().unwrap().get() as usize];
+            hops.set(index, PerCpuValues::try_from(nothing).unwrap(), 0).unwrap();
+        }
+    }
+
     /// The packet is translated, and goes straight to the pod, or by the stack.
     #[track_caller]
     fn assert_goes(&mut self, packet: &[u8], straight: bool) {
@@ -112,6 +124,7 @@ fn whatever_only_the_stack_does_is_left_to_it() {
         ip("link set pod0 mtu 1500");
         // A device that is none of a pod.
         put(&rig, DEVICE_ETHERNET);
+        rig.ask_again();
         rig.assert_goes(&packet, false);
         put(&rig, DEVICE_ETHERNET | DEVICE_POD);
         rig.assert_goes(&packet, true);
@@ -122,19 +135,52 @@ fn whatever_only_the_stack_does_is_left_to_it() {
         rig.assert_goes(&packet, true);
         // A host that does not forward.
         forwarding(false);
+        rig.ask_again();
         rig.assert_goes(&packet, false);
         forwarding(true);
         // A neighbour that is not known.
         ip("neigh del 10.42.1.5 dev pod0");
+        rig.ask_again();
         rig.assert_goes(&packet, false);
         ip("neigh add 10.42.1.5 lladdr 02:00:00:00:00:55 dev pod0");
         rig.assert_goes(&packet, true);
         // No route, and an address of the host itself.
         ip("route replace unreachable 10.42.1.5/32");
+        rig.ask_again();
         rig.assert_goes(&packet, false);
         ip("route del unreachable 10.42.1.5/32");
         ip("addr add 10.42.1.5/32 dev lo");
         rig.assert_goes(&packet, false);
+    });
+}
+
+#[test]
+fn what_the_routing_tables_said_is_believed_for_moments_and_of_the_same_two_ends_only() {
+    isolated(|| {
+        let mut rig = with_pod();
+        let packet = tcp(FROM, TO, SYN);
+        rig.assert_goes(&packet, true);
+        ip("rule add from 10.0.0.78 lookup 100 pref 1");
+        ip("route add unreachable default table 100");
+        // Another client, whom a rule of the host leads elsewhere, at the same place of the table or another one.
+        for last in 0..=255 {
+            let client = Ipv4Addr::new(10, 0, 0, last);
+            if client != FROM.0 {
+                rig.assert_goes(&tcp((client, 40_000), TO, SYN), last != 78);
+            }
+        }
+        // A length that nobody has asked about.
+        ip("link set pod0 mtu 1280");
+        rig.assert_goes(&udp(FROM, TO, &[1; 100]), true);
+        rig.assert_goes(&udp(FROM, TO, &[1; 1300]), false);
+        // The other end of the pair is another pod's by now.
+        rig.assert_goes(&packet, true);
+        ip("neigh replace 10.42.1.5 lladdr 02:00:00:00:00:66 dev pod0");
+        let deadline = Instant::now() + PATIENCE;
+        while rig.ingress(&packet).1[..6] == POD_MAC {
+            assert!(Instant::now() < deadline, "the old neighbour is believed for ever");
+        }
+        assert_eq!(rig.ingress(&packet).1[..6], [2, 0, 0, 0, 0, 0x66]);
     });
 }
 
@@ -154,6 +200,7 @@ fn the_way_to_a_pod_of_this_node_is_told() {
             assert_eq!(device, "pod0");
         }
         ip("neigh del 10.42.1.5 dev pod0");
+        traced.rig.ask_again();
         traced.look_again();
         assert_eq!(traced.agree(&to_pod(1)).1, by_stack(1));
         assert_eq!(traced.agree(&to_pod(2)).1, by_stack(2));

@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 
 use kinesin::datapath::MapStore;
 use kinesin_abi::{
-    Addr, Backend, BackendState, DropReason, FLOW_HANDED_ON, FrontendKind, PEER_TAKES_NEW, PeerKey, PeerValue,
-    Timeouts, frontend_flags, mac_words, proto,
+    Addr, Backend, BackendState, DropReason, FLOW_HANDED_ON, FrontendKind, PEER_ACROSS, PEER_TAKES_NEW, PeerKey,
+    PeerValue, Timeouts, frontend_flags, mac_words, proto,
 };
 use kinesin_core::plan::Op;
 
@@ -108,7 +108,9 @@ fn a_packet_for_a_neighbours_pod_goes_on_as_it_is_and_leaves_one_entry() {
         let mut rig = rig();
         for protocol in [proto::TCP, proto::UDP] {
             let frame = packet(protocol, client(40_000), (VIP, TO_REMOTE));
-            for _ in 0..2 {
+            // By the device, or, of a node that is a container, across it.
+            for flags in [PEER_TAKES_NEW, PEER_TAKES_NEW | PEER_ACROSS] {
+                peer(&rig, flags);
                 assert_eq!(rig.ingress(&frame), (REDIRECT, handed_on(&frame)));
             }
         }

@@ -122,9 +122,9 @@ async fn the_link_monitor_sees_carrier_addresses_names_and_removal() {
     assert_eq!(eth0.mac, Some(node.mac().await.unwrap()));
     assert!(eth0.addresses.contains(&"10.0.0.11/24".parse().unwrap()), "{eth0:?}");
     let pod = see(&mut snapshots, "the pod's device", |d| d.name.starts_with("veth-")).await;
-    assert!(pod.leads_to_pod() && eth0.reaches_out, "{pod:?} {eth0:?}");
+    assert!(pod.leads_across() && eth0.reaches_out, "{pod:?} {eth0:?}");
     let lo = see(&mut snapshots, "lo", |d| d.is_loopback).await;
-    assert!(!lo.reaches_out && !lo.leads_to_pod(), "{lo:?}");
+    assert!(!lo.reaches_out && !lo.leads_across(), "{lo:?}");
     assert!(lo.name == "lo" && lo.mac.is_none() && !lo.has_global_unicast_route, "{lo:?}");
     assert_eq!(kinesin_core::devices::unsuitable(&eth0), None, "the agent would choose it");
     let veth = see(&mut snapshots, "the pod's veth", |d| d.name == "veth-pod-1-1").await;

@@ -61,10 +61,11 @@ impl Device {
         self.up && self.running
     }
 
-    /// Whether it is the host's end of a pod's veth pair, and no queue of the host's shapes what goes to the pod.
+    /// Whether it is our end of a veth pair whose other end is in another network namespace, and no queue of ours shapes what
+    /// goes there: the way to a pod, or of a node that is a container itself to its LAN.
     ///
-    /// Not one that is part of a bridge: what is for the pod is routed to the bridge.
-    pub fn leads_to_pod(&self) -> bool {
+    /// Not one that is part of a bridge: what is for the other end is routed to the bridge.
+    pub fn leads_across(&self) -> bool {
         self.kind == "veth" && self.reaches_out && self.qdisc == "noqueue" && self.master.is_none()
     }
 }

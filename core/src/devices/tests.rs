@@ -136,14 +136,14 @@ fn a_device_answers_for_the_ip_versions_of_its_networks() {
 }
 
 #[test]
-fn only_the_hosts_end_of_a_pods_pair_leads_to_a_pod() {
+fn only_an_end_of_a_pair_leads_into_another_namespace() {
     let pair = Device {
         kind: "veth".into(),
         reaches_out: true,
         qdisc: "noqueue".into(),
         ..eth("veth1234", 7, &["169.254.1.1/32"])
     };
-    assert!(pair.leads_to_pod());
+    assert!(pair.leads_across());
     let others = [
         Device { kind: "macvlan".into(), ..pair.clone() },
         Device { reaches_out: false, ..pair.clone() },
@@ -153,6 +153,6 @@ fn only_the_hosts_end_of_a_pods_pair_leads_to_a_pod() {
         Device { qdisc: "tbf".into(), ..pair },
     ];
     for other in others {
-        assert!(!other.leads_to_pod(), "{other:?}");
+        assert!(!other.leads_across(), "{other:?}");
     }
 }

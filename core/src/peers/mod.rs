@@ -13,7 +13,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use kinesin_abi::{Addr, NODE_TAG_MAX, NodeTag, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
+use kinesin_abi::{
+    Addr, NODE_TAG_MAX, NodeTag, PEER_ACROSS, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words,
+};
 use smol_str::SmolStr;
 
 use crate::devices::{Device, mac_text};
@@ -48,6 +50,8 @@ pub struct Peer {
 pub struct Way {
     /// Our device on the segment.
     pub ifindex: u32,
+    /// It is one end of a pair, see [`Device::leads_across`].
+    pub across: bool,
     /// The peer's address in a network that both have.
     pub address: IpAddr,
     /// What the peer says of its link there.
@@ -213,7 +217,12 @@ fn way(devices: &[&Device], links: &[Link]) -> Option<Way> {
     devices.iter().filter(|device| device.is_live() && device.mac.is_some()).find_map(|device| {
         links.iter().find_map(|link| {
             let theirs = link.addresses.iter().find(|theirs| device.addresses.iter().any(|ours| shared(ours, theirs)));
-            theirs.map(|net| Way { ifindex: device.ifindex, address: net.addr(), link: link.clone() })
+            theirs.map(|net| Way {
+                ifindex: device.ifindex,
+                across: device.leads_across(),
+                address: net.addr(),
+                link: link.clone(),
+            })
         })
     })
 }
@@ -273,11 +282,20 @@ fn at(node: NodeTag, ips: impl Iterator<Item = IpAddr>) -> PeerValue {
     value
 }
 
+/// What may be done with peers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// New connections are handed on to them.
+    pub new: bool,
+    /// Frames go straight to the other end of our device where that can be (`enable-host-legacy-routing=false`).
+    pub across: bool,
+}
+
 /// What the peers hash should hold. `held` is what it holds; `known` says whether a tag belongs to a node that exists.
 /// Peers that have left stay, for the connections that they have, but take no new ones; nodes that are gone go.
 pub fn entries(
     peers: &[Peer],
-    enabled: bool,
+    usage: Usage,
     held: &[(PeerKey, PeerValue)],
     known: impl Fn(NodeTag) -> bool,
 ) -> BTreeMap<PeerKey, PeerValue> {
@@ -289,11 +307,12 @@ pub fn entries(
         }
         let node = tag(&peer.node);
         present.insert(node);
-        let takes_new = enabled && matches!(peer.state, State::Neighbour | State::Routed(_));
+        let takes_new = usage.new && matches!(peer.state, State::Neighbour | State::Routed(_));
         let takes_new = if takes_new { PEER_TAKES_NEW } else { 0 };
         let value = match &peer.way {
-            Some(Way { ifindex, link, .. }) => {
-                PeerValue { mac: mac_words(link.mac), flags: takes_new, ifindex: *ifindex, ..at(node, ends(link)) }
+            Some(Way { ifindex, across, link, .. }) => {
+                let flags = takes_new | if usage.across && *across { PEER_ACROSS } else { 0 };
+                PeerValue { mac: mac_words(link.mac), flags, ifindex: *ifindex, ..at(node, ends(link)) }
             }
             None => PeerValue { flags: takes_new | PEER_BY_ROUTE, ..at(node, destinations(&peer.links)) },
         };

@@ -2,6 +2,7 @@ use super::*;
 
 const HERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const THERE: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const NEW: Usage = Usage { new: true, across: false };
 
 fn net(text: &str) -> IpNet {
     text.parse().expect("a network")
@@ -80,25 +81,43 @@ fn of_two_names_with_one_tag_neither_is_used() {
     let links = [link("10.0.0.12/24")];
     let peers = judge("a", &[&device()], &members(&[(&one, &links), (&other, &links)]), &[neighbour(THERE)], &near());
     assert!(peers.iter().all(|peer| matches!(peer.state, State::TagTaken(_))), "{peers:?}");
-    assert_eq!(entries(&peers, true, &[], |_| true), BTreeMap::new());
+    assert_eq!(entries(&peers, NEW, &[], |_| true), BTreeMap::new());
 }
 
 #[test]
 fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_is_gone() {
     let links = [link("10.0.0.12/24")];
     let peers = judge("a", &[&device()], &members(&[("b", &links)]), &[neighbour(THERE)], &near());
-    let there = entries(&peers, true, &[], |_| true);
+    let there = entries(&peers, NEW, &[], |_| true);
     let value = there[&PeerKey::of_node(tag("b"))];
     assert_eq!(there[&PeerKey::of_mac(THERE)], value);
     assert_eq!((value.flags, value.mac_bytes(), value.ifindex), (PEER_TAKES_NEW, THERE, 7));
     assert_eq!(value.ipv4.to_ne_bytes(), [10, 0, 0, 12]);
     let held: Vec<_> = there.into_iter().collect();
-    let left = entries(&[], true, &held, |node| node == tag("b"));
+    let left = entries(&[], NEW, &held, |node| node == tag("b"));
     let of_b = [PeerKey::of_node(tag("b")), PeerKey::of_mac(THERE)];
     assert!(left.len() == 3 && of_b.iter().all(|key| left[key] == PeerValue { flags: 0, ..value }));
-    assert_eq!(entries(&[], true, &held, |_| false), BTreeMap::new());
-    let off = entries(&peers, false, &held, |_| true);
+    assert_eq!(entries(&[], NEW, &held, |_| false), BTreeMap::new());
+    let off = entries(&peers, Usage::default(), &held, |_| true);
     assert!(off.len() == 3 && off.values().all(|value| value.flags & PEER_TAKES_NEW == 0));
+}
+
+#[test]
+fn frames_go_across_a_pair_only_where_that_is_asked_for_and_can_be() {
+    let pair = Device { kind: "veth".into(), reaches_out: true, qdisc: "noqueue".into(), ..device() };
+    let usage = Usage { new: true, across: true };
+    let flags = |device: &Device, usage| {
+        let links = [link("10.0.0.12/24")];
+        let peers = judge("a", &[device], &members(&[("b", &links)]), &[neighbour(THERE)], &near());
+        let map = entries(&peers, usage, &[], |_| true);
+        assert_eq!(map[&PeerKey::of_node(tag("b"))], map[&PeerKey::of_mac(THERE)]);
+        map[&PeerKey::of_node(tag("b"))].flags
+    };
+    assert_eq!(flags(&pair, usage), PEER_TAKES_NEW | PEER_ACROSS);
+    assert_eq!(flags(&pair, Usage { new: false, ..usage }), PEER_ACROSS);
+    assert_eq!(flags(&pair, NEW), PEER_TAKES_NEW);
+    assert_eq!(flags(&Device { qdisc: "tbf".into(), ..pair }, usage), PEER_TAKES_NEW);
+    assert_eq!(flags(&device(), usage), PEER_TAKES_NEW);
 }
 
 /// The state of a node on another segment, and what the map holds for it.
@@ -107,7 +126,7 @@ fn beyond(links: &[Link], takes: &[&str], beyond: &Beyond) -> (State, BTreeMap<P
     let record = Record { node: "b".into(), links: links.to_vec(), takes, ..Record::default() };
     let members = BTreeMap::from([(SmolStr::new("b"), Arc::new(record))]);
     let peers = judge("a", &[&device()], &members, &[], beyond);
-    (peers[0].state.clone(), entries(&peers, true, &[], |_| true))
+    (peers[0].state.clone(), entries(&peers, NEW, &[], |_| true))
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub use flow::{
     TCP_SEEN_RST, Timeouts, tcp_closed, tcp_established,
 };
 pub use hash::{maglev_hash, maglev_index};
-pub use peer::{PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
+pub use peer::{PEER_ACROSS, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, mac_words};
 pub use range::{
     SOURCE_RANGE_ALL_BITS, SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, SourceRange, SourceRangeKey,
 };

@@ -68,7 +68,7 @@ pub const fn mac_words([a, b, c, d, e, f]: [u8; 6]) -> [u16; 3] {
 pub struct PeerValue {
     /// The peer's MAC on the segment, as three 16-bit words of a header; zero of a peer by route.
     pub mac: [u16; 3],
-    /// [`PEER_TAKES_NEW`], [`PEER_BY_ROUTE`]
+    /// [`PEER_TAKES_NEW`], [`PEER_BY_ROUTE`], [`PEER_ACROSS`]
     pub flags: u16,
     /// The device of this node on that segment; 0 of a peer by route.
     pub ifindex: u32,
@@ -87,6 +87,10 @@ pub const PEER_TAKES_NEW: u16 = 1;
 /// The peer is on no segment of this node: packets for it are sent by route, in the way of
 /// [`crate::frontend_flags::FORWARDING`].
 pub const PEER_BY_ROUTE: u16 = 2;
+
+/// The device of this node on that segment is a veth whose other end, on the segment, is in another network namespace: frames
+/// for the peer go straight into that end, past what this node does with frames on their way out.
+pub const PEER_ACROSS: u16 = 4;
 
 impl PeerValue {
     /// Whether this is its address.

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use kinesin_abi::{
     COUNT_ACCELERATED, DEVICE_ETHERNET, DEVICE_XDP, DeviceValue, Direction, FLOW_FROM_LAN, FLOW_HANDED_ON,
-    FLOW_REDIRECT, FLOW_REPLY, FlowValue, PEER_TAKES_NEW, PeerKey, mac_words,
+    FLOW_REDIRECT, FLOW_REPLY, FlowValue, PEER_ACROSS, PEER_TAKES_NEW, PeerKey, mac_words,
 };
 
 use crate::{
@@ -37,7 +37,7 @@ const PASS: u32 = xdp_action::XDP_PASS;
 
 /// All that is known of flows and peers here. What else there is, tc knows.
 const FLOW_FLAGS: u8 = FLOW_REPLY | FLOW_REDIRECT | FLOW_FROM_LAN | FLOW_HANDED_ON;
-const PEER_FLAGS: u16 = PEER_TAKES_NEW;
+const PEER_FLAGS: u16 = PEER_TAKES_NEW | PEER_ACROSS;
 
 /// A frame from the driver; returns the hook's code.
 #[inline(always)]

@@ -16,7 +16,7 @@
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
 use kinesin_abi::{
     Addr, Backend, BackendId, DropReason, FLOW_REDIRECT, FlowKey, FlowValue, FrontendKind, FrontendValue, NodeTag,
-    PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
+    PEER_ACROSS, PEER_BY_ROUTE, PEER_TAKES_NEW, PeerKey, PeerValue, SetRef, frontend_flags, proto,
 };
 
 use crate::{
@@ -172,6 +172,11 @@ fn send<F: Family>(skb: Skb, peer: &PeerValue) -> u32 {
     let macs = [peer.mac, ethernet.dst];
     if F::hop(skb, packet).is_err() || skb.store(0, &macs).is_err() {
         return UNWRITTEN;
+    }
+    if peer.flags & PEER_ACROSS != 0 {
+        // SAFETY: as below.
+        unsafe { h::bpf_redirect_peer(ifindex, 0) };
+        return SENT;
     }
     skb.mark_translated();
     // SAFETY: no pointers. Without flags it always is a redirect.

@@ -8,10 +8,12 @@ use kinesin_abi::{
     drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
 };
 
+use crate::deliver::Hop;
 use crate::family::{Family, V4};
 use crate::loaded;
 use crate::maps::{
-    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS, SOCKETS,
+    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, HOPS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS,
+    SOCKETS,
 };
 use crate::packet::Packet;
 
@@ -22,14 +24,18 @@ pub fn scratch() -> Option<&'static mut Packet> {
     PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
 }
 
-/// Memory of this CPU for the route that is being looked for, zeroed.
+/// Memory of this CPU for the route that is being looked for. It holds the last answer; ports are never in it.
 #[inline(always)]
 pub fn route_query() -> Option<&'static mut bpf_fib_lookup> {
-    // SAFETY: as above; integers and unions of integers, of which zero is valid.
-    ROUTE.get_ptr_mut(0).map(|query| unsafe {
-        *query = core::mem::zeroed();
-        &mut *query
-    })
+    // SAFETY: as above.
+    ROUTE.get_ptr_mut(0).map(|query| unsafe { &mut *query })
+}
+
+/// Memory of this CPU for a way to a pod.
+#[inline(always)]
+pub fn hop(index: u32) -> Option<&'static mut Hop> {
+    // SAFETY: as above.
+    HOPS.get_ptr_mut(index).map(|hop| unsafe { &mut *hop })
 }
 
 /// The frontend at exactly this address, port and protocol.

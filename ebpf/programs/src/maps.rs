@@ -11,7 +11,10 @@ use kinesin_abi::{
     Settings, SocketKey, SocketValue, SourceRange,
 };
 
-use crate::packet::Packet;
+use crate::{
+    deliver::{HOPS_KEPT, Hop},
+    packet::Packet,
+};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -95,6 +98,10 @@ pub static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
 /// to the programs.
 #[btf_map]
 pub static ROUTE: PerCpuArray<bpf_fib_lookup, 1> = PerCpuArray::new();
+
+/// What the routing tables have said of ways to pods within the last moments; see `deliver`. Private to the programs.
+#[btf_map]
+pub static HOPS: PerCpuArray<Hop, { HOPS_KEPT as usize }> = PerCpuArray::new();
 
 /// Until when, in nanoseconds, this CPU's errors are spent; see `lookup::may_complain`. Private to the programs.
 #[btf_map]

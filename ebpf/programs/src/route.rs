@@ -43,6 +43,8 @@ pub fn ask<F: Family>(
     query.family = F::AF;
     query.l4_protocol = protocol;
     query.__bindgen_anon_1.tot_len = len;
+    // The type of service, where the last answer has the route's metric.
+    query.__bindgen_anon_2.flowinfo = 0;
     if F::AF == V4::AF {
         query.__bindgen_anon_3.ipv4_src = src.v4_raw();
         query.__bindgen_anon_4.ipv4_dst = dst.v4_raw();

@@ -109,7 +109,7 @@ pub(super) static KEYS: &[KeyDef] = &[
         "enable-host-legacy-routing",
         "true",
         Kind::Bool(|c| &mut c.services.legacy_host_routing),
-        "Hand packets to pods of this node to the host's stack once they are translated, so that netfilter and whatever the pods' network is made of see them. `false` sends them straight to the pod's end of its veth pair; only for networks that neither filter nor masquerade what their pods answer, since answers go by the stack all the same.",
+        "Hand packets to pods of this node to the host's stack once they are translated, so that netfilter and whatever the pods' network is made of see them. `false` sends them straight to the pod's end of its veth pair; only for networks that neither filter nor masquerade what their pods answer, since answers go by the stack all the same. In a node that is a container, frames that are handed on to a neighbour then go straight to the other end of its device, too.",
     ),
     live(
         SERVICES,
