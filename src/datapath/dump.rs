@@ -159,7 +159,7 @@ fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {
     };
     let across = if value.flags & PEER_ACROSS != 0 { " across" } else { "" };
     let (v4, v6) = (Ipv4Addr::from(value.ipv4.to_ne_bytes()), IpAddr::from(value.ipv6));
-    (by, format!("{:#08x} {} dev {} {v4} {v6} {state}{across}", value.node, mac_text(value.mac_bytes()), value.ifindex))
+    (by, format!("{:#08x} {} dev {}{across} {v4} {v6} {state}", value.node, mac_text(value.mac_bytes()), value.ifindex))
 }
 
 fn settings(value: &Settings) -> String {

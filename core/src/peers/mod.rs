@@ -325,9 +325,10 @@ pub fn entries(
             wanted.extend(ends(link).map(|ip| (PeerKey::of_addr(&ip.into()), value)));
         }
     }
+    let lost = PEER_TAKES_NEW | if usage.across { 0 } else { PEER_ACROSS };
     for (key, value) in held {
         if !present.contains(&value.node) && known(value.node) {
-            wanted.entry(*key).or_insert(PeerValue { flags: value.flags & !PEER_TAKES_NEW, ..*value });
+            wanted.entry(*key).or_insert(PeerValue { flags: value.flags & !lost, ..*value });
         }
     }
     wanted

@@ -118,6 +118,12 @@ fn frames_go_across_a_pair_only_where_that_is_asked_for_and_can_be() {
     assert_eq!(flags(&pair, NEW), PEER_TAKES_NEW);
     assert_eq!(flags(&Device { qdisc: "tbf".into(), ..pair }, usage), PEER_TAKES_NEW);
     assert_eq!(flags(&device(), usage), PEER_TAKES_NEW);
+    // One that has left keeps its way for as long as the key says so.
+    let key = PeerKey::of_node(tag("b"));
+    let held = [(key, PeerValue { flags: PEER_TAKES_NEW | PEER_ACROSS, node: tag("b"), ..PeerValue::default() })];
+    for (usage, left) in [(usage, PEER_ACROSS), (NEW, 0)] {
+        assert_eq!(entries(&[], usage, &held, |_| true)[&key].flags, left);
+    }
 }
 
 /// The state of a node on another segment, and what the map holds for it.
