@@ -211,16 +211,15 @@ fn measure(
         let throughput = |to, time| sink.throughput(to, time);
         let datagrams = |to, time| sink.datagrams(to, time);
         for (kind, (name, _)) in CILIUM.iter().enumerate() {
-            let (load, ports): (crate::traffic::Load<'_>, _) = match kind {
-                0 => (&keep_alive, (http, HTTP_PORT)),
-                1 => (&new_connections, (http, HTTP_PORT)),
-                2 => (&throughput, (SINK_PORT, SINK_PORT)),
-                _ => (&datagrams, (SINK_PORT, SINK_PORT)),
+            let (load, ports, turns): (crate::traffic::Load<'_>, _, _) = match kind {
+                0 => (&keep_alive, (http, HTTP_PORT), TURNS),
+                1 => (&new_connections, (http, HTTP_PORT), TURNS),
+                // Bytes differ from turn to turn by a quarter, whoever balances.
+                2 => (&throughput, (SINK_PORT, SINK_PORT), 3 * TURNS),
+                _ => (&datagrams, (SINK_PORT, SINK_PORT), TURNS),
             };
             let (through, direct) = (SocketAddr::from((address, ports.0)), SocketAddr::from((pod, ports.1)));
             let what = format!("{name}, {where_}");
-            // Bytes differ from turn to turn by a quarter, whoever balances.
-            let turns = if kind == 2 { 3 * TURNS } else { TURNS };
             ratios[kind][place] = Some(compare(cluster.lab.client(), &what, (through, direct), load, turns)?);
         }
     }
@@ -277,17 +276,18 @@ const LEAST: [[Option<(f64, &str)>; 2]; 4] = [
 
 fn summary(columns: &[(String, Vec<Ratios>)]) {
     heading("Side by side: medians of ratios, backend on the entry node / on another");
+    // Each way that `l2` has to pods is held against the goals; all else stands beside it.
+    let way = |column: &str| column.strip_prefix("Kinesin, l2").map(str::to_owned);
+    let ours: Vec<_> = columns.iter().filter_map(|(column, ratios)| Some((way(column)?, ratios))).collect();
+    let others: Vec<_> = columns.iter().filter(|(column, _)| way(column).is_none()).collect();
     for (kind, (name, cilium)) in CILIUM.iter().enumerate() {
         let mut figures: Vec<(&str, String)> =
             columns.iter().map(|(column, ratios)| (column.as_str(), ratios[kind].map(figure).join(" / "))).collect();
         figures.push(("Cilium, snat (elsewhere)", cilium.join(" / ")));
         line(name, &figures);
         for (place, where_) in NAMES.iter().enumerate() {
-            // Each way that `l2` has to pods is held against the goal; all else stands beside it.
-            let (ours, others): (Vec<_>, Vec<_>) =
-                columns.iter().partition(|(column, _)| column.starts_with("Kinesin, l2"));
-            for (column, ratios) in ours {
-                let row = format!("{name}, {where_}{}", column.trim_start_matches("Kinesin, l2"));
+            for (way, ratios) in &ours {
+                let row = format!("{name}, {where_}{way}");
                 let (goal, holds) = match LEAST[kind][place] {
                     Some((least, text)) => (text, ratios[kind][place].map(|ratio| ratio >= least)),
                     None => ("-", None),

@@ -1,4 +1,5 @@
-//! The kernel's counters of this thread's network namespace, by the names that the MIBs have (RFC 4022, RFC 4293), and devices'.
+//! The kernel's counters of this thread's network namespace: by the names that the MIBs have (RFC 4022, RFC 4293), and of
+//! devices.
 
 use std::collections::BTreeMap;
 
