@@ -19,6 +19,8 @@ mod binds;
 mod conntrack;
 #[path = "datapath/deliver.rs"]
 mod deliver;
+#[path = "datapath/depart.rs"]
+mod depart;
 #[path = "datapath/dispatch.rs"]
 mod dispatch;
 #[path = "datapath/flows.rs"]

@@ -18,8 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kinesin_abi::{
-    DEVICE_POD, DEVICE_XDP, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4,
-    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    DEVICE_ACROSS, DEVICE_POD, DEVICE_SERVED, DEVICE_XDP, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS,
+    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::maglev::HashSeed;
@@ -275,6 +275,9 @@ impl Loader {
             }
         }
         self.attached = wanted;
+        let direct = !self.world.config().services.legacy_host_routing;
+        let pods = devices.all.iter().filter(|device| direct && devices.is_of_pod(device)).map(|device| device.ifindex);
+        self.loaded.datapath().follow_pods(&pods.collect());
         // Only now is it known which drivers send what they are handed; that is news, not a difference.
         self.driven = self.loaded.datapath().accelerated();
         self.write_devices(devices)?;
@@ -287,6 +290,9 @@ impl Loader {
             let mut value = device_value(device);
             value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
             value.flags |= if devices.is_of_pod(device) { DEVICE_POD } else { 0 };
+            let served = devices.selected.contains(&device.ifindex) && device.mac.is_some();
+            value.flags |= if served { DEVICE_SERVED } else { 0 };
+            value.flags |= if served && device.leads_across() { DEVICE_ACROSS } else { 0 };
             (device.ifindex, value)
         };
         let room = self.options.sizes.devices as usize;

@@ -10,7 +10,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{ProgramError, SchedClassifier, Xdp};
+use aya::Ebpf;
+use aya::programs::{ProgramError, ProgramFd, SchedClassifier, Xdp};
 
 use super::attach::{self, Attachment, DeviceHooks, Found, HookStatus, Place, chain};
 use super::clsact;
@@ -248,13 +249,7 @@ impl Datapath {
     }
 
     fn try_device(&mut self, program: &str, ifindex: u32, place: Place) -> Result<(Attachment, Found), String> {
-        let loaded: &mut SchedClassifier = self
-            .ebpf
-            .program_mut(program)
-            .ok_or("not in the object")?
-            .try_into()
-            .map_err(|error: ProgramError| chain(&error))?;
-        let fd = loaded.fd().map_err(|error| chain(&error))?.try_clone().map_err(|error| chain(&error))?;
+        let fd = self.program_fd(program)?;
         if self.options.attach == AttachMode::Auto {
             match attach::tcx(fd.as_fd(), ifindex, place, &self.links) {
                 Ok(found) => return Ok((Attachment::Tcx, found)),
@@ -263,7 +258,17 @@ impl Datapath {
                 Err(error) => return Err(error.to_string()),
             }
         }
+        let loaded = classifier(&mut self.ebpf, program)?;
         clsact::attach(loaded, ifindex, place, &self.links).map(|found| (Attachment::Clsact, found))
+    }
+
+    /// A loaded program of tc, or why the verifier has refused it.
+    pub(super) fn program_fd(&mut self, program: &str) -> Result<ProgramFd, String> {
+        if let Some(error) = self.refused.get(program) {
+            return Err(error.clone());
+        }
+        let fd = classifier(&mut self.ebpf, program)?.fd().map_err(|error| chain(&error))?;
+        fd.try_clone().map_err(|error| chain(&error))
     }
 
     fn try_xdp(&self, ifindex: u32, name: &str) -> Result<(Attachment, Found), String> {
@@ -299,7 +304,7 @@ impl Datapath {
 
     /// Every hook that was attached or tried, and every program that the verifier refused.
     pub fn hooks(&self) -> Vec<HookStatus> {
-        let mut all: Vec<HookStatus> = self.hooks.values().cloned().collect();
+        let mut all: Vec<HookStatus> = self.hooks.values().chain(self.pods.status()).cloned().collect();
         for (program, error) in &self.refused {
             if !all.iter().any(|status| status.program == *program) {
                 all.push(HookStatus::new(program, String::new(), Err(error.clone())));
@@ -307,4 +312,10 @@ impl Datapath {
         }
         all
     }
+}
+
+/// A program of tc.
+fn classifier<'a>(ebpf: &'a mut Ebpf, program: &str) -> Result<&'a mut SchedClassifier, String> {
+    let program = ebpf.program_mut(program).ok_or("not in the object")?;
+    program.try_into().map_err(|error: ProgramError| chain(&error))
 }

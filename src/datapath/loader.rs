@@ -21,6 +21,7 @@ use super::moving::{Moving, has_connections};
 use super::object::{with_exact_clock, with_maglev_size};
 use super::options::{LoadError, LoadOptions};
 use super::pin::{self, Migration, Pinned, Shape};
+use super::pods::PodHooks;
 use super::{MapStore, TABLES, sys};
 use crate::sync::lock;
 
@@ -45,6 +46,7 @@ pub struct Datapath {
     pub(super) hooks: BTreeMap<Hook, HookStatus>,
     /// Devices that do without XDP, by index: name and why.
     pub(super) spared: BTreeMap<u32, (String, String)>,
+    pub(super) pods: PodHooks,
     migrations: Vec<Migration>,
     /// Tables that are being replaced, until somebody takes it on to empty them.
     moving: Option<Moving>,
@@ -161,6 +163,7 @@ impl Datapath {
             refused: BTreeMap::new(),
             hooks: BTreeMap::new(),
             spared: BTreeMap::new(),
+            pods: PodHooks::default(),
             migrations,
             moving: Some(moving),
         })

@@ -22,6 +22,7 @@ mod moving;
 mod object;
 mod options;
 mod pin;
+mod pods;
 mod sys;
 
 use std::io;

@@ -145,6 +145,10 @@ impl View for Live {
         Ok(match hook {
             Hook::Ingress { ifindex, v6 } => device(ifindex, "ingress", v6),
             Hook::Egress { ifindex, v6 } => device(ifindex, "egress", v6),
+            Hook::Pod { v6 } => {
+                let program = if v6 { "cil_from_container6" } else { "cil_from_container" };
+                self.hook(|hook| hook.program == program, "packets of pods go by the host's stack")
+            }
             Hook::Socket { v6 } => {
                 let program = if v6 { "cil_sock6_connect" } else { "cil_sock4_connect" };
                 self.hook(|hook| hook.program == program, "socket translation is off (see the key bpf-lb-sock)")

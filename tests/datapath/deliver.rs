@@ -1,13 +1,16 @@
 //! `enable-host-legacy-routing=false`: packets to pods of this node go straight to them, and by the host's stack whenever
 //! there is something about them that only the stack does.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::Instant;
 
 use aya::maps::{PerCpuArray, PerCpuValues};
 use kinesin::datapath::MapStore;
-use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto};
+use kinesin_abi::{
+    DEVICE_ACROSS, DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto,
+};
 use kinesin_core::trace::Verdict;
 
 use crate::packets::{ACK, End, IP, SYN, ends, tcp, ttl, udp};
@@ -17,11 +20,11 @@ use crate::trace::{self, Seen, Traced};
 use crate::traffic::{Lan, PATIENCE, connect_to, exchange};
 
 const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x55];
-const POD_DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x54];
+pub(crate) const POD_DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x54];
 /// Datagrams per family; more than what else a pod and its node have to say to each other meanwhile.
 const DATAGRAMS: u64 = 500;
 
-fn direct() -> Settings {
+pub(crate) fn direct() -> Settings {
     let settings = settings();
     Settings { flags: settings.flags | SETTING_DIRECT_TO_PODS, ..settings }
 }
@@ -31,7 +34,7 @@ fn pod_device() -> DeviceValue {
 }
 
 /// A rig whose local pods are behind a device of their own, and known to the neighbour table.
-fn with_pod() -> Rig {
+pub(crate) fn with_pod() -> Rig {
     let rig = Rig::dual();
     ip("link add pod0 address 02:00:00:00:00:54 type veth peer name pod1");
     ip("link set pod0 up");
@@ -50,12 +53,12 @@ const TO: End = (VIP, TO_LOCAL);
 
 impl Rig {
     /// Makes the programs ask the routing tables for the next packet, whatever they were told moments ago.
-    fn ask_again(&mut self) {
-        let map = self.datapath.ebpf_mut().map_mut("HOPS").expect("in the object");
-        let mut hops: PerCpuArray<_, [u8; 64]> = map.try_into().expect("an array for each CPU");
-        for index in 0..hops.len() {
-            let nothing = vec![[0; 64]; aya::util::nr_cpus().unwrap().get() as usize];
-            hops.set(index, PerCpuValues::try_from(nothing).unwrap(), 0).unwrap();
+    pub(crate) fn ask_again(&mut self) {
+        let map = self.datapath.ebpf_mut().map_mut("WAYS").expect("in the object");
+        let mut ways: PerCpuArray<_, [u8; 96]> = map.try_into().expect("an array for each CPU");
+        for index in 0..ways.len() {
+            let nothing = vec![[0; 96]; aya::util::nr_cpus().unwrap().get() as usize];
+            ways.set(index, PerCpuValues::try_from(nothing).unwrap(), 0).unwrap();
         }
     }
 
@@ -220,17 +223,29 @@ fn forwarded(v6: bool) -> u64 {
     crate::snmp::counters("Ip")["ForwDatagrams"]
 }
 
-/// Real sockets at both ends. The stack forwards both directions of a connection to a pod, or its answers alone.
+/// Real sockets at both ends. The stack forwards both directions of a connection to a pod, or its answers alone, or nothing.
 #[test]
-fn real_traffic_reaches_pods_straight_and_only_answers_pass_the_hosts_stack() {
+fn real_traffic_passes_the_hosts_stack_in_both_directions_in_one_or_in_none() {
     isolated(|| {
-        let lan = Lan::dual();
+        let mut lan = Lan::dual();
         let maps = lan.datapath.as_ref().unwrap().maps();
         let families: [(IpAddr, IpAddr); 2] = [(CLIENT.into(), VIP.into()), (CLIENT6.into(), VIP6.into())];
         let value = DeviceValue { flags: DEVICE_ETHERNET | DEVICE_POD, ..DeviceValue::default() };
         maps.put_device(ifindex("pod0"), &value).unwrap();
-        for (settings, times) in [(settings(), 2), (direct(), 1), (settings(), 2)] {
+        let by_neighbour = device().flags | DEVICE_SERVED;
+        // Out of the LAN device, or into its other end.
+        let ways = [
+            (settings(), device().flags, 2),
+            (direct(), device().flags, 1),
+            (direct(), by_neighbour, 0),
+            (direct(), by_neighbour | DEVICE_ACROSS, 0),
+            (settings(), by_neighbour | DEVICE_ACROSS, 2),
+            (direct(), by_neighbour, 0),
+        ];
+        lan.datapath.as_mut().unwrap().follow_pods(&BTreeSet::from([ifindex("pod0")]));
+        for (settings, flags, times) in ways {
             maps.write_settings(&settings).unwrap();
+            maps.put_device(ifindex(LAN), &DeviceValue { flags, ..device() }).unwrap();
             for (client, vip) in families {
                 // Until the neighbour is known, all of it goes by the stack.
                 lan.client.run(move || exchange(&connect_to((vip, TO_LOCAL).into()).unwrap(), 4 << 20));
@@ -254,6 +269,7 @@ fn real_traffic_reaches_pods_straight_and_only_answers_pass_the_hosts_stack() {
                 });
                 let passed = forwarded(vip.is_ipv6()) - before;
                 let expected = times * DATAGRAMS;
+                // What was in fragments, and what pods and their node have to say to each other.
                 assert!((expected..expected + DATAGRAMS / 2).contains(&passed), "{vip}: {passed}, not {expected}");
             }
         }

@@ -17,6 +17,7 @@ use kinesin_abi::{
 use kinesin_core::plan::Op;
 use kinesin_core::trace::{Packet, Place, Question, Step, Trace, Tuple, Verdict, place, trace};
 
+use crate::depart::sent_by_pod;
 use crate::packets::{IP, SYN, checksum, ends, ipv4, tcp, udp};
 use crate::rig::*;
 use crate::sockets::Cgroup;
@@ -69,10 +70,13 @@ impl Traced {
         drops.filter(|(_, way, _)| *way == Direction::Ingress).map(|(r, _, count)| (r as u8, count.packets)).collect()
     }
 
-    fn run(&mut self, program: &str, packet: &Packet) -> Seen {
-        let frame = frame(packet);
+    fn run(&mut self, program: &str, packet: &Packet, ifindex: u32) -> Seen {
+        let mut frame = frame(packet);
+        if ifindex != self.rig.lan {
+            frame = sent_by_pod(&frame);
+        }
         let before = self.counters();
-        let (code, out) = self.rig.run(program, &frame);
+        let (code, out) = self.rig.run_on(program, &frame, ifindex);
         let after = self.counters();
         let counted = after.iter().find(|(reason, n)| before.get(reason).copied().unwrap_or(0) < **n);
         if let Some((reason, _)) = counted {
@@ -104,10 +108,21 @@ impl Traced {
         self.agree_at("cil_from_netdev", packet, Place::Device(self.rig.lan))
     }
 
+    /// The same of a packet of a pod behind this device.
     #[track_caller]
-    fn agree_at(&mut self, program: &str, packet: &Packet, from: Place) -> (Trace, Seen) {
+    pub(crate) fn agree_from_pod(&mut self, device: &str, packet: &Packet) -> (Trace, Seen) {
+        self.agree_on("cil_from_container", packet, Place::Node, ifindex(device))
+    }
+
+    #[track_caller]
+    pub(crate) fn agree_at(&mut self, program: &str, packet: &Packet, from: Place) -> (Trace, Seen) {
+        self.agree_on(program, packet, from, self.rig.lan)
+    }
+
+    #[track_caller]
+    fn agree_on(&mut self, program: &str, packet: &Packet, from: Place, ifindex: u32) -> (Trace, Seen) {
         let said = self.trace(packet, from);
-        let seen = self.run(program, packet);
+        let seen = self.run(program, packet, ifindex);
         let sum: f64 = said.ways.iter().map(|way| way.chance).sum();
         assert!((sum - 1.0).abs() < 1e-6, "the chances add up to {sum}: {said:#?}");
         let fits = said.ways.iter().any(|way| matches(&way.verdict, &seen));

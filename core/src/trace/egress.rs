@@ -1,15 +1,29 @@
-//! Packets of the node itself: the stack's way, and tc egress of the device that they leave by.
+//! Packets of the node itself and of its pods: straight from the pod's device, or the stack's way, and tc egress of the
+//! device that they leave by.
 
-use kinesin_abi::{DEVICE_ETHERNET, FLOW_REDIRECT, FLOW_REPLY, proto};
+use kinesin_abi::{
+    DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, FLOW_REDIRECT, FLOW_REPLY, FlowValue, SETTING_DIRECT_TO_PODS, proto,
+};
 
 use super::flows::tuple;
 use super::ingress::program;
+use super::route::{Fib, Hop};
 use super::{Attached, Hook, RouteQuery, Step, Tracer, Verdict, View, Way, sure};
 
 impl<V: View> Tracer<'_, V> {
     /// A packet of this node that no socket hook sees.
     pub(super) fn leave(&mut self) -> Result<Vec<Way>, V::Error> {
         let dst = self.packet.dst;
+        if let Some((pod, how, hop)) = self.way_past_the_stack()? {
+            let program = program("cil_from_container", dst.is_ipv6());
+            self.hook(&program, format!("{how} ingress of {}", self.view.device_name(pod)), "");
+            if let Some(flow) = self.find_flow()?.filter(is_answer) {
+                let step = self.hop_step(dst, &hop);
+                self.say(step);
+                let device = self.view.device_name(hop.ifindex);
+                return Ok(sure(self.written(Verdict::Sent { tuple: tuple(&flow), device })));
+            }
+        }
         let hop = match self.view.route(&RouteQuery { dst, src: None, ingress: None })? {
             Ok(hop) => hop,
             Err(why) => {
@@ -39,6 +53,28 @@ impl<V: View> Tracer<'_, V> {
         self.egress()
     }
 
+    /// Of a packet of a pod of this node that may pass the host's stack by: the pod's device, how our program hangs there, and
+    /// the way.
+    fn way_past_the_stack(&self) -> Result<Option<(u32, String, Hop)>, V::Error> {
+        let (dst, v6) = (self.packet.dst, self.packet.dst.is_ipv6());
+        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
+        let Some(src) = self.packet.src.filter(|_| ours) else { return Ok(None) };
+        if self.view.settings()?.flags & SETTING_DIRECT_TO_PODS == 0 {
+            return Ok(None);
+        }
+        let Ok(pod) = self.view.route(&RouteQuery { dst: src, src: None, ingress: None })? else { return Ok(None) };
+        let has = |ifindex, flag| {
+            Ok::<_, V::Error>(self.view.device(ifindex)?.is_some_and(|device| device.flags & flag != 0))
+        };
+        if pod.local || !has(pod.ifindex, DEVICE_POD)? {
+            return Ok(None);
+        }
+        let Attached::Yes(how) = self.view.attached(Hook::Pod { v6 })? else { return Ok(None) };
+        let Fib::Hop(hop) = self.fib(pod.ifindex, src, dst)? else { return Ok(None) };
+        let leaves = hop.is_known() && has(hop.ifindex, DEVICE_SERVED)?;
+        Ok(leaves.then_some((pod.ifindex, how, hop)))
+    }
+
     /// Only answers of local backends are changed on the way out.
     fn egress(&mut self) -> Result<Vec<Way>, V::Error> {
         let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
@@ -46,10 +82,13 @@ impl<V: View> Tracer<'_, V> {
             return Ok(sure(Verdict::pass("only answers of backends are changed on the way out")));
         }
         match self.find_flow()? {
-            Some(flow) if flow.flags & (FLOW_REPLY | FLOW_REDIRECT) == FLOW_REPLY => {
-                Ok(sure(self.written(Verdict::Translated(tuple(&flow)))))
-            }
+            Some(flow) if is_answer(&flow) => Ok(sure(self.written(Verdict::Translated(tuple(&flow))))),
             _ => Ok(sure(Verdict::pass("only answers of local backends are changed on the way out"))),
         }
     }
+}
+
+/// Whether the packets of an entry are answers of a backend of this node.
+fn is_answer(flow: &FlowValue) -> bool {
+    flow.flags & (FLOW_REPLY | FLOW_REDIRECT) == FLOW_REPLY
 }

@@ -106,6 +106,11 @@ pub enum Hook {
         /// For IPv6.
         v6: bool,
     },
+    /// tc ingress of pods' devices.
+    Pod {
+        /// For IPv6.
+        v6: bool,
+    },
     /// The socket hooks, of which those of `connect` and `sendmsg` matter here.
     Socket {
         /// For IPv6.

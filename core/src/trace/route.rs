@@ -38,7 +38,7 @@ pub struct Hop {
 
 impl Hop {
     /// Whether the neighbour table has a MAC that is not known to be wrong (`NUD_VALID`).
-    fn is_known(&self) -> bool {
+    pub(super) fn is_known(&self) -> bool {
         self.mac.is_some() && !matches!(self.neighbour.as_str(), "failed" | "incomplete")
     }
 }

@@ -110,7 +110,7 @@ pub const SETTING_DIRECT_TO_PODS: u32 = 8;
 pub struct DeviceValue {
     /// The device's MAC; zero for devices without Ethernet header.
     pub mac: [u8; 6],
-    /// [`DEVICE_ETHERNET`], [`DEVICE_XDP`], [`DEVICE_POD`].
+    /// [`DEVICE_ETHERNET`], [`DEVICE_XDP`], [`DEVICE_POD`], [`DEVICE_SERVED`], [`DEVICE_ACROSS`].
     pub flags: u16,
     /// Primary IPv4 address in wire order; 0 for none. Source of translated connections.
     pub ipv4: u32,
@@ -127,6 +127,12 @@ pub const DEVICE_XDP: u16 = 2;
 /// The device is the host's end of a veth pair whose other end is in another network namespace, a pod's, and nothing is to
 /// happen on the way through it.
 pub const DEVICE_POD: u16 = 4;
+
+/// The device carries our programs, so that answers of pods may leave by it straight from the pod's device.
+pub const DEVICE_SERVED: u16 = 8;
+
+/// The device is one end of a veth pair as [`DEVICE_POD`] is, but to the LAN: this node is a container.
+pub const DEVICE_ACROSS: u16 = 16;
 
 /// Translate fragments of IPv4 packets.
 pub const SETTING_FOLLOW_FRAGMENTS4: u32 = 1 << 8;

@@ -8,14 +8,14 @@ use kinesin_abi::{
     drop_slot, frontend_flags, maglev_hash, maglev_index, proto,
 };
 
-use crate::deliver::Hop;
 use crate::family::{Family, V4};
 use crate::loaded;
 use crate::maps::{
-    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, HOPS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS,
-    SOCKETS,
+    BACKENDS, COMPLAINTS, DEVICES, DROPS, FRONTENDS, L2, MAGLEV, PACKET, PEERS, RANGES, ROUTE, SETTINGS, SLOTS,
+    SOCKETS, WAYS,
 };
 use crate::packet::Packet;
+use crate::ways::Way;
 
 /// Memory of this CPU for the packet at hand.
 #[inline(always)]
@@ -31,11 +31,11 @@ pub fn route_query() -> Option<&'static mut bpf_fib_lookup> {
     ROUTE.get_ptr_mut(0).map(|query| unsafe { &mut *query })
 }
 
-/// Memory of this CPU for a way to a pod.
+/// Memory of this CPU for a way past the host's stack.
 #[inline(always)]
-pub fn hop(index: u32) -> Option<&'static mut Hop> {
+pub fn way(index: u32) -> Option<&'static mut Way> {
     // SAFETY: as above.
-    HOPS.get_ptr_mut(index).map(|hop| unsafe { &mut *hop })
+    WAYS.get_ptr_mut(index).map(|way| unsafe { &mut *way })
 }
 
 /// The frontend at exactly this address, port and protocol.

@@ -1,7 +1,7 @@
 //! Entry points of Kinesin's eBPF programs. An eBPF program is a sentence: parse, look up, rewrite, verdict.
 //!
 //! `packet` alone reads packet memory, `lookup`, `flows`, `opening`, `fragments` and `affinity` alone touch maps, `rewrite`,
-//! `dispatch`, `deliver`, `wrap`, `option`, `accelerate`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in
+//! `dispatch`, `deliver`, `depart`, `wrap`, `option`, `accelerate`, `arp`, `ndp`, `icmp` and `reject` alone write. What IPv4 and IPv6 do not have in
 //! common is in `family`; each has programs of its own, but for that of XDP, of which a device takes one. Names are
 //! Cilium's, so that habits with `bpftool` carry over.
 //!
@@ -20,6 +20,7 @@ mod affinity;
 mod arp;
 mod bind;
 mod deliver;
+mod depart;
 mod dispatch;
 mod family;
 mod flows;
@@ -41,6 +42,7 @@ mod route;
 mod skb;
 mod sock;
 mod verdict;
+mod ways;
 mod wrap;
 mod xdp;
 
@@ -80,6 +82,10 @@ device_programs! {
     cil_from_netdev6 => Ingress, ingress::from_netdev6, ETHERNET;
     /// IPv6 out of the node: replies of local backends.
     cil_to_netdev6 => Egress, ingress::to_netdev::<V6>, ETHERNET;
+    /// From a pod of this node: answers, which go straight to the LAN.
+    cil_from_container => Egress, depart::from_container::<V4>, ETHERNET;
+    /// IPv6 from a pod of this node.
+    cil_from_container6 => Egress, depart::from_container::<V6>, ETHERNET;
     /// [`cil_from_netdev6`] for devices without Ethernet header.
     cil_from_l3dev6 => Ingress, ingress::from_netdev6, NO_LINK_HEADER;
     /// [`cil_to_netdev6`] for devices without Ethernet header.

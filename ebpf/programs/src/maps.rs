@@ -12,8 +12,8 @@ use kinesin_abi::{
 };
 
 use crate::{
-    deliver::{HOPS_KEPT, Hop},
     packet::Packet,
+    ways::{WAYS_KEPT, Way},
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -99,9 +99,9 @@ pub static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
 #[btf_map]
 pub static ROUTE: PerCpuArray<bpf_fib_lookup, 1> = PerCpuArray::new();
 
-/// What the routing tables have said of ways to pods within the last moments; see `deliver`. Private to the programs.
+/// What the routing tables have said within the last moments; see `ways`. Private to the programs.
 #[btf_map]
-pub static HOPS: PerCpuArray<Hop, { HOPS_KEPT as usize }> = PerCpuArray::new();
+pub static WAYS: PerCpuArray<Way, { WAYS_KEPT as usize }> = PerCpuArray::new();
 
 /// Until when, in nanoseconds, this CPU's errors are spent; see `lookup::may_complain`. Private to the programs.
 #[btf_map]

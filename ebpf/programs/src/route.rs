@@ -18,6 +18,7 @@ use crate::{
 };
 
 /// A device and the next hop on it.
+#[repr(C)]
 pub struct Route {
     pub ifindex: u32,
     family: u32,
@@ -27,6 +28,14 @@ pub struct Route {
 impl Route {
     /// Nowhere; for packets that the stack delivers.
     pub const NONE: Self = Self { ifindex: 0, family: 0, hop: [0; 4] };
+
+    /// What the routing tables have answered.
+    #[inline(always)]
+    pub fn of(answer: &bpf_fib_lookup) -> Self {
+        // SAFETY: all members of the union are integers; IPv4 uses the first word.
+        let hop = unsafe { answer.__bindgen_anon_4.ipv6_dst };
+        Self { ifindex: answer.ifindex, family: answer.family as u32, hop }
+    }
 }
 
 /// Asks the kernel's routing tables, by whichever hook's context, for the way of an IP packet from the query's device;

@@ -1,0 +1,78 @@
+//! The programs at pods' devices (`cil_from_container`), by which answers leave without the host's stack.
+//!
+//! Their links are not pinned: they end with the agent, and answers then pass the stack and are translated where they leave.
+//! So nothing has to be adopted, swept or removed. Deliberately absent: kernels without tcx (before 6.6), where answers always
+//! go that way.
+
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::attach::{Attachment, HookStatus, TCX};
+use super::loader::Datapath;
+use super::options::AttachMode;
+use super::sys;
+
+/// The programs, that of IPv6 second.
+pub(super) const CONTAINER: [&str; 2] = ["cil_from_container", "cil_from_container6"];
+/// Where they hang, for people.
+const PLACE: &str = "pods ingress";
+
+/// What hangs at pods' devices.
+#[derive(Default)]
+pub(super) struct PodHooks {
+    /// Links by program and ifindex.
+    links: BTreeMap<(&'static str, u32), OwnedFd>,
+    /// How it went, for each program.
+    status: Vec<HookStatus>,
+}
+
+impl PodHooks {
+    pub(super) fn status(&self) -> &[HookStatus] {
+        &self.status
+    }
+}
+
+impl Datapath {
+    /// Attaches to these devices (ifindex) of the calling thread's network namespace, and leaves all others. A program that
+    /// fails says so in its status and leaves the other working.
+    pub fn follow_pods(&mut self, devices: &BTreeSet<u32>) {
+        self.pods.links.retain(|(_, ifindex), link| devices.contains(ifindex) && is_at(link, *ifindex));
+        self.pods.status.clear();
+        if devices.is_empty() || self.options.attach != AttachMode::Auto {
+            return;
+        }
+        for program in CONTAINER.into_iter().take(if self.options.ipv6 { 2 } else { 1 }) {
+            if !self.refused.contains_key(program) {
+                self.load_program(program);
+            }
+            let attached = self.program_fd(program).and_then(|fd| self.pods.attach(program, fd.as_fd(), devices));
+            let status = attached.map(|there| there.then_some(Attachment::Tcx)).transpose();
+            self.pods.status.extend(status.map(|status| HookStatus::new(program, PLACE.into(), status)));
+        }
+    }
+}
+
+impl PodHooks {
+    /// Returns whether the kernel has tcx.
+    fn attach(&mut self, program: &'static str, fd: BorrowedFd<'_>, devices: &BTreeSet<u32>) -> Result<bool, String> {
+        let mut result = Ok(true);
+        for ifindex in devices {
+            let Entry::Vacant(place) = self.links.entry((program, *ifindex)) else { continue };
+            match sys::create_link(fd, *ifindex, TCX[0], 0) {
+                Ok(link) => drop(place.insert(link)),
+                // What kernels before 6.6 say.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
+                // It has gone meanwhile, which the next call will know.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => result = Err(format!("device {ifindex}: {error}")),
+            }
+        }
+        result
+    }
+}
+
+/// Whether a link still is where it was made.
+fn is_at(link: &OwnedFd, ifindex: u32) -> bool {
+    sys::link_info(link.as_fd()).is_ok_and(|info| info.target[0] == ifindex)
+}
