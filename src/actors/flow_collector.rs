@@ -98,6 +98,7 @@ impl Actor for FlowCollector {
         }
         let _ = self.config.changed();
         if let Some(store) = self.store.clone() {
+            store.share_openings(None)?;
             let now = Counts(store.flow_counts()?);
             let portless = portless(&*store)?;
             if self.is_due(&*store, &now, portless) {
@@ -196,6 +197,7 @@ impl FlowCollector {
         let last = self.world.connections.get().map(|last| *last).unwrap_or_default();
         let connections = Connections {
             settled: settled.kept(),
+            opening: found.opening,
             transient: transient.kept(),
             expired: last.expired + settled.removed() + transient.removed(),
             forgotten: now.forgotten(transient.kept(), others).max(last.forgotten),

@@ -138,8 +138,8 @@ impl Answers {
     fn connections(&self) -> ConnectionsView {
         let connections = self.world.connections.get().map(|connections| *connections).unwrap_or_default();
         ConnectionsView {
-            established: connections.settled,
-            transient: connections.transient,
+            established: connections.settled.saturating_sub(connections.opening),
+            transient: connections.transient + connections.opening,
             expired: connections.expired,
             forgotten: connections.forgotten,
             unsettled: connections.unsettled,

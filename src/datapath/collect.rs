@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use kinesin_abi::{Backend, BackendId, FlowKey, FlowValue, Timeouts, proto};
+use kinesin_abi::{Backend, BackendId, FlowKey, FlowValue, Timeouts, proto, tcp_established};
 use kinesin_core::flows::ports::{PortCount, Ports};
 use kinesin_core::flows::{Found, Look, is_leaving, look};
 
@@ -16,6 +16,8 @@ use super::MapError;
 pub struct Collected {
     /// In the table of established connections.
     pub settled: Found,
+    /// Of those kept there, the ones whose connections are not established yet.
+    pub opening: u64,
     /// In the table of all others.
     pub transient: Found,
     /// Entries of the latter that were no more than copies of expired ones of the former.
@@ -48,15 +50,18 @@ struct Pass<'a, T> {
     now: u64,
     /// What has been asked about backends: `None` where one is gone.
     backends: HashMap<BackendId, Option<Backend>>,
+    opening: u64,
     copies: u64,
     ports: PortCount,
 }
 
 /// Removes what has expired at `now` (CLOCK_MONOTONIC, nanoseconds).
 pub(super) fn pass<T: Flows>(tables: &T, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError> {
-    let mut pass = Pass { tables, timeouts, now, backends: HashMap::new(), copies: 0, ports: PortCount::default() };
+    let mut pass =
+        Pass { tables, timeouts, now, backends: HashMap::new(), opening: 0, copies: 0, ports: PortCount::default() };
     let (settled, transient) = (pass.table(SETTLED)?, pass.table(TRANSIENT)?);
-    Ok(Collected { settled, transient, copies: pass.copies, ports: pass.ports.fullest() })
+    let Pass { opening, copies, ports, .. } = pass;
+    Ok(Collected { settled, opening, transient, copies, ports: ports.fullest() })
 }
 
 impl<T: Flows> Pass<'_, T> {
@@ -65,6 +70,7 @@ impl<T: Flows> Pass<'_, T> {
         self.tables.scan(table, &mut |key, value| {
             let expired = self.expired(table, &key, &value)? && self.remove(table, &key)?;
             found.note(key.proto, expired);
+            self.opening += u64::from(!expired && table == SETTLED && !tcp_established(value.tcp));
             if !expired && PortCount::counts(&key, &value) && !self.is_copy(table, &key)? {
                 self.ports.note(&key, &value);
             }
@@ -84,7 +90,7 @@ impl<T: Flows> Pass<'_, T> {
 
     /// Whether both directions have been silent for too long.
     fn expired(&mut self, table: &'static str, key: &FlowKey, value: &FlowValue) -> Result<bool, MapError> {
-        if !self.silent(table, key, value)? {
+        if !self.silent(key, value)? {
             return Ok(false);
         }
         if self.is_copy(table, key)? {
@@ -96,18 +102,14 @@ impl<T: Flows> Pass<'_, T> {
                 && let Some(partner) = self.tables.get(table, &other)?
             {
                 // A partner that leads elsewhere belongs to another connection.
-                return if partner.partner_key(&other) == *key {
-                    self.silent(table, &other, &partner)
-                } else {
-                    Ok(true)
-                };
+                return if partner.partner_key(&other) == *key { self.silent(&other, &partner) } else { Ok(true) };
             }
         }
         Ok(true)
     }
 
-    fn silent(&mut self, table: &'static str, key: &FlowKey, value: &FlowValue) -> Result<bool, MapError> {
-        match look(self.timeouts, key, value, table == SETTLED, self.now) {
+    fn silent(&mut self, key: &FlowKey, value: &FlowValue) -> Result<bool, MapError> {
+        match look(self.timeouts, key, value, self.now) {
             Look::Keep => Ok(false),
             Look::Silent => Ok(true),
             Look::SilentIfLeaving => self.leaving(key, value),
@@ -136,7 +138,7 @@ impl<T: Flows> Pass<'_, T> {
     /// Removes an entry unless a packet has used it meanwhile; returns whether it did.
     fn remove(&self, table: &'static str, key: &FlowKey) -> Result<bool, MapError> {
         let Some(value) = self.tables.get(table, key)? else { return Ok(false) };
-        if value.last_seen > self.now || look(self.timeouts, key, &value, table == SETTLED, self.now) == Look::Keep {
+        if value.last_seen > self.now || look(self.timeouts, key, &value, self.now) == Look::Keep {
             return Ok(false);
         }
         self.tables.remove(table, key)

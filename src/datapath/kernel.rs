@@ -106,6 +106,14 @@ impl KernelMaps {
         table.put(bytes_of(&key), &value).map_err(self.failed("counts", "write to"))
     }
 
+    /// One of the counts, of each CPU.
+    fn per_cpu(&self, what: FlowCount) -> Result<Vec<u64>, MapError> {
+        let table = self.table("counts");
+        let value = table.get(bytes_of(&(what as u32))).map_err(self.failed("counts", "read"))?;
+        let value = value.unwrap_or_else(|| vec![0; table.value]);
+        Ok(value.chunks_exact(8).filter_map(|count| Some(u64::from_ne_bytes(*count.first_chunk()?))).collect())
+    }
+
     /// Bases and bytes of the Maglev tables; the kernel gives out ids of the inner maps.
     fn maglev(&self) -> Result<Vec<RawEntry>, MapError> {
         let inner: Vec<(u32, u32)> = self.scan("maglev")?;
@@ -326,7 +334,31 @@ impl MapStore for KernelMaps {
         if removed > 0 {
             self.count(FlowCount::Collected, removed)?;
         }
+        self.share_openings(Some(collected.opening))?;
         Ok(collected)
+    }
+
+    fn share_openings(&self, counted: Option<u64>) -> Result<(), MapError> {
+        use FlowCount::{Opened, Settled, WrittenOff};
+        let (opened, settled, before) = (self.per_cpu(Opened)?, self.per_cpu(Settled)?, self.per_cpu(WrittenOff)?);
+        let added: Vec<u64> =
+            opened.iter().zip(&settled).map(|(opened, settled)| opened.wrapping_sub(*settled)).collect();
+        let all = counted.unwrap_or_else(|| {
+            let left = added.iter().zip(&before).map(|(added, off)| added.wrapping_sub(*off) as i64).sum::<i64>();
+            left.max(0) as u64
+        });
+        // Those that never begin a connection need no share.
+        let busy = opened.iter().filter(|opened| **opened > 0).count().max(1) as u64;
+        let share = |opened| if opened > 0 { all.div_ceil(busy) } else { 0 };
+        let after: Vec<u64> =
+            added.iter().zip(opened).map(|(added, opened)| added.wrapping_sub(share(opened))).collect();
+        if after != before {
+            let value: Vec<u8> = after.iter().flat_map(|count| count.to_ne_bytes()).collect();
+            self.table("counts")
+                .put(bytes_of(&(WrittenOff as u32)), &value)
+                .map_err(self.failed("counts", "write to"))?;
+        }
+        Ok(())
     }
 
     fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError> {

@@ -13,6 +13,7 @@ use aya::programs::{Program, ProgramError};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use kinesin_abi::maglev_words;
+use kinesin_core::flows::most_opening;
 
 use super::attach::{self, HookStatus, Place, chain};
 use super::hooks::{ETHERNET, Hook, SOCKETS};
@@ -30,6 +31,8 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// The programs' constant for the cookie of the node's network namespace.
 const NODE_NETNS: &str = "NODE_NETNS";
+/// That for what a CPU may have of connections that begin.
+const MOST_OPENING: &str = "MOST_OPENING";
 /// That for the entries of a Maglev table.
 const MAGLEV_SIZE: &str = "MAGLEV_SIZE";
 /// Since when kernels have the clock of the last tick, `bpf_ktime_get_coarse_ns`.
@@ -120,6 +123,10 @@ impl Datapath {
         }
         let cookie = sys::own_netns_cookie().unwrap_or(0);
         loader.override_global(NODE_NETNS, &cookie, false);
+        let online = aya::util::online_cpus().map_or(1, |cpus| cpus.len().max(1)) as u32;
+        let flows = shapes.iter().find(|(table, ..)| *table == "flows").map_or(0, |(_, _, shape)| shape.entries);
+        let most_opening = most_opening(flows) / online;
+        loader.override_global(MOST_OPENING, &most_opening, false);
         loader.override_global(MAGLEV_SIZE, &options.maglev_size, false);
         let ebpf = loader.load(object).map_err(|error| LoadError::Object(chain(&error)))?;
 

@@ -188,6 +188,10 @@ pub trait MapStore: Send + Sync + 'static {
     /// Goes through the connections once and removes those that have been silent for longer than they may; `now` is
     /// CLOCK_MONOTONIC in nanoseconds. Reads in chunks, holds no lock, and writes only what goes.
     fn collect_flows(&self, timeouts: &Timeouts, now: u64) -> Result<Collected, MapError>;
+    /// Shares out among the CPUs what connections that are not established yet take of the table of those that are: as many as
+    /// were counted, or as the programs have counted. A CPU that sees connections begin and another one that sees them go on
+    /// would both be wrong in the end.
+    fn share_openings(&self, counted: Option<u64>) -> Result<(), MapError>;
     /// What has happened to connections since the maps were made, summed over the CPUs, in the order of
     /// [`FlowCount::ALL`].
     fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError>;

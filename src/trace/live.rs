@@ -97,10 +97,6 @@ impl View for Live {
         })
     }
 
-    fn settled(&self, key: &FlowKey) -> Result<bool, TraceError> {
-        Ok(key.proto == proto::TCP && self.store.raw_get("flows", bytes_of(key))?.is_some())
-    }
-
     fn affinity(&self, key: &AffinityKey) -> Result<Option<AffinityValue>, TraceError> {
         self.get("affinity", key)
     }

@@ -106,8 +106,10 @@ impl MapsHandle {
 /// Connections that the programs know, as of the last pass over them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Connections {
-    /// Entries of established TCP connections, two for each.
+    /// Entries of the table of established TCP connections, two for each.
     pub settled: u64,
+    /// Of those, the ones whose connections are not established yet.
+    pub opening: u64,
     /// Entries of other flows.
     pub transient: u64,
     /// Entries removed since the agent started because they had expired.

@@ -134,6 +134,7 @@ fn every_table_is_dumped_for_people() {
         let mut rig = Rig::new();
         rig.maps.put_l2(L2Key { addr: VIP.into(), ifindex: 2 }).unwrap();
         rig.ingress(&crate::packets::tcp((CLIENT, 61_500), (VIP, TO_REMOTE), 2));
+        rig.ingress(&crate::packets::udp((CLIENT, 61_500), (VIP, TO_REMOTE), b"?"));
         let find = |table: &str, part: &str| {
             let dump = rig.maps.dump_raw(table).unwrap();
             let lines: Vec<String> = dump.into_iter().map(|(key, value)| format!("{key} = {value}")).collect();
@@ -144,15 +145,15 @@ fn every_table_is_dumped_for_people() {
         find("slots", "12 = 12");
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
-        find(
-            "transient",
-            "TCP 192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan",
-        );
+        let becomes = "192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan";
+        find("flows", &format!("TCP {becomes}"));
+        find("transient", &format!("UDP {becomes}"));
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
         find("settings", "reject-no-backend,answer-ping,fragments,fragments6 snat=61000-65000");
-        find("drops", "ingress 0 Forwarded = 1 packets");
+        find("drops", "ingress 0 Forwarded = 2 packets");
         find("counts", "0 flows created = 2");
+        find("counts", "5 flows opened = 2");
         let unknown = rig.maps.dump_raw("nonsense").unwrap_err().to_string();
         assert!(unknown.contains("nonsense") && unknown.contains("frontends"), "{unknown}");
         let usage = rig.maps.usage();

@@ -29,15 +29,14 @@ pub enum Look {
     SilentIfLeaving,
 }
 
-/// Looks at one entry. `now` and the entry's time are CLOCK_MONOTONIC in nanoseconds; `settled` is whether it is in the
-/// table of established connections. An entry from the future is in use.
-pub fn look(timeouts: &Timeouts, key: &FlowKey, value: &FlowValue, settled: bool, now: u64) -> Look {
+/// Looks at one entry. `now` and the entry's time are CLOCK_MONOTONIC in nanoseconds. An entry from the future is in use.
+pub fn look(timeouts: &Timeouts, key: &FlowKey, value: &FlowValue, now: u64) -> Look {
     let silent = now.saturating_sub(value.last_seen);
     let longer_than = |seconds: u32| silent > u64::from(seconds) * SECOND;
-    if longer_than(timeouts.of(key.proto, value.flags, value.tcp, settled)) {
+    if longer_than(timeouts.of(key.proto, value.flags, value.tcp)) {
         return Look::Silent;
     }
-    let established = tcp_established(value.tcp, settled) && !tcp_closed(value.tcp);
+    let established = tcp_established(value.tcp) && !tcp_closed(value.tcp);
     if key.proto == proto::TCP && established && longer_than(timeouts.leaving()) {
         return Look::SilentIfLeaving;
     }
@@ -47,6 +46,14 @@ pub fn look(timeouts: &Timeouts, key: &FlowKey, value: &FlowValue, settled: bool
 /// Whether established connections to a backend of this state ([`kinesin_abi::Backend::state`]) get the grace period only.
 pub fn is_leaving(state: u8) -> bool {
     state != BackendState::Active as u8 && state != BackendState::Maintenance as u8
+}
+
+/// The share of the table of established TCP connections that others may have, which begin: an eighth.
+const OPENING_SHARE: u32 = 8;
+
+/// How many entries of connections that are not established yet may be in a table of `size` entries.
+pub const fn most_opening(size: u32) -> u32 {
+    size / OPENING_SHARE
 }
 
 /// What a pass over one table found, entries.
@@ -130,12 +137,14 @@ impl Pace {
     }
 
     /// Whether a pass is due earlier, by what the programs have counted since the last one, which was `since` ago: a table
-    /// may have filled up. `sizes` are those of the tables of established and of other connections.
+    /// may have filled up, or the share of connections that begin be used up by half. `sizes` are those of the tables of
+    /// established and of other connections.
     pub fn is_urgent(since: Duration, last: &Counts, now: &Counts, sizes: (u32, u32)) -> bool {
         let settled = now.of(FlowCount::Settled).saturating_sub(last.of(FlowCount::Settled));
         let created = now.of(FlowCount::Created).saturating_sub(last.of(FlowCount::Created));
         let refused = now.of(FlowCount::Unsettled) > last.of(FlowCount::Unsettled);
-        since >= Self::MIN && (refused || settled >= u64::from(sizes.0 / 4) || created >= u64::from(sizes.1))
+        let opening = now.opening() >= u64::from(most_opening(sizes.0) / 2).max(1);
+        since >= Self::MIN && (refused || opening || settled >= u64::from(sizes.0 / 4) || created >= u64::from(sizes.1))
     }
 }
 
@@ -147,6 +156,13 @@ impl Counts {
     /// One of them.
     pub fn of(&self, what: FlowCount) -> u64 {
         self.0[what as usize]
+    }
+
+    /// Entries of the table of established connections whose connections are not, as far as the programs have counted.
+    pub fn opening(&self) -> u64 {
+        let gone = self.of(FlowCount::Settled).wrapping_add(self.of(FlowCount::WrittenOff));
+        // Somewhat less than none, where entries were removed before they were settled elsewhere.
+        (self.of(FlowCount::Opened).wrapping_sub(gone) as i64).max(0) as u64
     }
 
     /// How many transient entries the kernel has forgotten to make room: all that were added, less those that were removed

@@ -17,49 +17,46 @@ fn each_state_has_its_timeout() {
     const ESTABLISHED: u8 = TCP_SEEN_REPLY | TCP_SEEN_ACK;
     let given =
         Timeouts { service_tcp: 300, service_any: 40, regular_tcp: 200, regular_any: 30, syn: 20, fin: 5, grace: 100 };
-    // Protocol, flags, what was seen, in the table of established connections, limit.
+    // Protocol, flags, what was seen, limit.
     let cases = [
-        (proto::UDP, 0, 0, false, 40),
-        (proto::UDP, FLOW_REPLY, TCP_SEEN_REPLY, false, 40),
-        (proto::UDP, FLOW_REDIRECT, 0, false, 30),
-        (proto::TCP, 0, 0, false, 20),
-        (proto::TCP, 0, TCP_SEEN_REPLY, false, 20),
-        (proto::TCP, 0, TCP_SEEN_REPLY, true, 300),
-        (proto::TCP, 0, 0, true, 20),
-        (proto::TCP, 0, ESTABLISHED, false, 300),
-        (proto::TCP, FLOW_REDIRECT, ESTABLISHED, true, 200),
-        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN, true, 300),
-        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN_REPLY, true, 300),
-        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY, true, 5),
-        (proto::TCP, 0, TCP_SEEN_RST, false, 5),
+        (proto::UDP, 0, 0, 40),
+        (proto::UDP, FLOW_REPLY, TCP_SEEN_REPLY, 40),
+        (proto::UDP, FLOW_REDIRECT, 0, 30),
+        (proto::TCP, 0, 0, 20),
+        (proto::TCP, 0, TCP_SEEN_REPLY, 20),
+        (proto::TCP, 0, ESTABLISHED, 300),
+        (proto::TCP, FLOW_REDIRECT, ESTABLISHED, 200),
+        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN, 300),
+        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN_REPLY, 300),
+        (proto::TCP, 0, ESTABLISHED | TCP_SEEN_FIN | TCP_SEEN_FIN_REPLY, 5),
+        (proto::TCP, 0, TCP_SEEN_RST, 5),
         // Handed on: the client's half is all that is seen. It may close it and go on receiving.
-        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED, true, 300),
-        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_FIN, true, 100),
-        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_FIN, false, 100),
-        (proto::TCP, FLOW_HANDED_ON, TCP_SEEN_FIN, false, 20),
-        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_RST, true, 5),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED, 300),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_FIN, 100),
+        (proto::TCP, FLOW_HANDED_ON, TCP_SEEN_FIN, 20),
+        (proto::TCP, FLOW_HANDED_ON, ESTABLISHED | TCP_SEEN_RST, 5),
     ];
-    for (protocol, flags, tcp, settled, limit) in cases {
+    for (protocol, flags, tcp, limit) in cases {
         let at = |silent| {
             let (key, value) = entry(protocol, flags, tcp, silent);
-            look(&given, &key, &value, settled, NOW)
+            look(&given, &key, &value, NOW)
         };
-        assert_ne!(at(limit), Look::Silent, "{protocol} {flags} {tcp} {settled}");
-        assert_eq!(at(limit + 1), Look::Silent, "{protocol} {flags} {tcp} {settled}");
+        assert_ne!(at(limit), Look::Silent, "{protocol} {flags} {tcp}");
+        assert_eq!(at(limit + 1), Look::Silent, "{protocol} {flags} {tcp}");
     }
 }
 
 #[test]
 fn only_established_connections_have_a_grace_period() {
     let timeouts = Timeouts::DEFAULT;
-    let at = |tcp, settled, silent| {
+    let at = |tcp, silent| {
         let (key, value) = entry(proto::TCP, 0, tcp, silent);
-        look(&timeouts, &key, &value, settled, NOW)
+        look(&timeouts, &key, &value, NOW)
     };
-    assert_eq!(at(TCP_SEEN_REPLY | TCP_SEEN_ACK, true, 60), Look::Keep);
-    assert_eq!(at(TCP_SEEN_REPLY | TCP_SEEN_ACK, true, 61), Look::SilentIfLeaving);
-    assert_eq!(at(TCP_SEEN_REPLY, true, 61), Look::SilentIfLeaving);
-    assert_eq!(at(TCP_SEEN_REPLY, false, 60), Look::Keep);
+    assert_eq!(at(TCP_SEEN_REPLY | TCP_SEEN_ACK, 60), Look::Keep);
+    assert_eq!(at(TCP_SEEN_REPLY | TCP_SEEN_ACK, 61), Look::SilentIfLeaving);
+    assert_eq!(at(TCP_SEEN_REPLY, 60), Look::Keep);
+    assert_eq!(at(TCP_SEEN_REPLY, 61), Look::Silent);
     for state in [BackendState::Free, BackendState::Terminating, BackendState::TerminatingNotServing] {
         assert!(is_leaving(state as u8), "{state:?}");
     }
@@ -77,12 +74,12 @@ fn settings_that_nobody_wrote_mean_the_defaults_and_the_future_is_not_silent() {
             [(proto::UDP, 0), (proto::TCP, 0), (proto::TCP, TCP_SEEN_RST), (proto::TCP, TCP_SEEN_ACK)]
         {
             let (key, value) = entry(protocol, 0, tcp, silent);
-            let default = look(&Timeouts::DEFAULT, &key, &value, false, NOW);
-            assert_eq!(look(&blank, &key, &value, false, NOW), default);
+            let default = look(&Timeouts::DEFAULT, &key, &value, NOW);
+            assert_eq!(look(&blank, &key, &value, NOW), default);
         }
     }
     let (key, value) = entry(proto::UDP, 0, 0, 0);
-    assert_eq!(look(&blank, &key, &value, false, 0), Look::Keep);
+    assert_eq!(look(&blank, &key, &value, 0), Look::Keep);
 }
 
 #[test]
@@ -130,11 +127,22 @@ fn tables_that_may_have_filled_up_are_looked_at_early_but_not_all_the_time() {
     assert!(urgent(10, counts(1000, 600, 7)));
     assert!(urgent(10, counts(1000, 500, 8)));
     assert!(!urgent(9, counts(9999, 9999, 9999)));
+    // Connections that begin and never go on: a quarter of what is theirs, half, and all of it again once it is written off.
+    let opening = |opened: u64, written_off| {
+        let mut counts = last;
+        counts.0[FlowCount::Opened as usize] = 500 + opened;
+        counts.0[FlowCount::WrittenOff as usize] = written_off;
+        counts
+    };
+    assert_eq!(opening(12, 0).opening(), 12);
+    assert!(!urgent(10, opening(12, 0)) && urgent(10, opening(25, 0)) && !urgent(9, opening(50, 0)));
+    assert!(!urgent(10, opening(25, 20)));
+    assert_eq!(opening(3, 5).opening(), 0);
 }
 
 #[test]
 fn what_was_added_and_is_neither_removed_nor_there_was_forgotten() {
-    let counts = Counts([1000, 100, 200, 0, 0]);
+    let counts = Counts([1000, 100, 200, 0, 0, 0, 0]);
     assert_eq!(counts.forgotten(700, 800), 0);
     assert_eq!(counts.forgotten(600, 800), 0, "within what reading in the middle of traffic may be wrong by");
     assert_eq!(counts.forgotten(500, 800), 200);

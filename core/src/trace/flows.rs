@@ -144,7 +144,7 @@ impl<V: View> Tracer<'_, V> {
             return Ok(true);
         }
         let timeouts = self.view.settings()?.timeouts;
-        let quiet = u64::from(timeouts.of(key.proto, reply.flags, reply.tcp, self.view.settled(key)?)) * SECOND;
+        let quiet = u64::from(timeouts.of(key.proto, reply.flags, reply.tcp)) * SECOND;
         let silent = |last: u64| self.view.now().saturating_sub(last) > quiet;
         if !silent(reply.last_seen) {
             return Ok(false);

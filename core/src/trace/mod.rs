@@ -142,8 +142,6 @@ pub trait View {
     fn maglev(&self, base: u32) -> Result<Option<Arc<[BackendId]>>, Self::Error>;
     /// An entry of `flows`, else of `transient`.
     fn flow(&self, key: &FlowKey) -> Result<Option<FlowValue>, Self::Error>;
-    /// Whether the entry is one of `flows`.
-    fn settled(&self, key: &FlowKey) -> Result<bool, Self::Error>;
     /// An entry of `affinity`.
     fn affinity(&self, key: &AffinityKey) -> Result<Option<AffinityValue>, Self::Error>;
     /// The source ranges of a service port, of both lists and families.

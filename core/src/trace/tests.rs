@@ -42,9 +42,6 @@ impl View for Fake {
     fn flow(&self, key: &FlowKey) -> Result<Option<FlowValue>, Infallible> {
         Ok(self.flows.get(key).copied())
     }
-    fn settled(&self, _key: &FlowKey) -> Result<bool, Infallible> {
-        Ok(false)
-    }
     fn affinity(&self, key: &AffinityKey) -> Result<Option<AffinityValue>, Infallible> {
         Ok(self.affinity.get(key).copied())
     }

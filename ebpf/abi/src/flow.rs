@@ -128,11 +128,10 @@ const fn half_closed(flags: u8, tcp: u8) -> bool {
     flags & FLOW_HANDED_ON != 0 && tcp & TCP_SEEN_FIN != 0
 }
 
-/// Whether the client of a TCP connection has gone on after the backend's answer. In the table of established connections
-/// (`settled`) an answer is proof enough.
+/// Whether the client of a TCP connection has gone on after the backend's answer.
 #[inline(always)]
-pub const fn tcp_established(tcp: u8, settled: bool) -> bool {
-    tcp & TCP_SEEN_ACK != 0 || settled && tcp & TCP_SEEN_REPLY != 0
+pub const fn tcp_established(tcp: u8) -> bool {
+    tcp & TCP_SEEN_ACK != 0
 }
 
 /// Whether a TCP connection is over: reset, or closed from both sides.
@@ -168,10 +167,10 @@ impl Timeouts {
     pub const DEFAULT: Self =
         Self { service_tcp: 8000, service_any: 60, regular_tcp: 8000, regular_any: 60, syn: 60, fin: 10, grace: 60 };
 
-    /// How many seconds of silence end a connection, by its protocol number, its [`FlowValue::flags`], its
-    /// [`FlowValue::tcp`] and whether it is in the table of established connections.
+    /// How many seconds of silence end a connection, by its protocol number, its [`FlowValue::flags`] and its
+    /// [`FlowValue::tcp`].
     #[inline(always)]
-    pub const fn of(&self, protocol: u8, flags: u8, tcp: u8, settled: bool) -> u32 {
+    pub const fn of(&self, protocol: u8, flags: u8, tcp: u8) -> u32 {
         const D: Timeouts = Timeouts::DEFAULT;
         let translated = flags & FLOW_REDIRECT != 0;
         if protocol != crate::proto::TCP {
@@ -180,7 +179,7 @@ impl Timeouts {
         if tcp_closed(tcp) {
             return or(self.fin, D.fin);
         }
-        if !tcp_established(tcp, settled) {
+        if !tcp_established(tcp) {
             return or(self.syn, D.syn);
         }
         let open = lesser(or(self.service_tcp, D.service_tcp), or(self.regular_tcp, D.regular_tcp), translated);
@@ -217,15 +216,21 @@ pub enum FlowCount {
     Removed = 1,
     /// Entries that the agent has removed from it; written by the agent alone.
     Collected = 2,
-    /// Established connections, per direction, that moved to the table of those.
+    /// Entries of the table of TCP connections that became those of established ones, there or on their way to it.
     Settled = 3,
-    /// Times that one did not, because that table is full; tried again once a second per connection with traffic.
+    /// Times that one did not get there, because that table is full; tried again once a second per connection with traffic.
     Unsettled = 4,
+    /// Entries that the programs have added to that table.
+    Opened = 5,
+    /// Of those, what is neither settled nor there any more; written by the agent alone. Opened less settled and written off
+    /// is what is not established yet, and may become no more than a share of the table.
+    WrittenOff = 6,
 }
 
 impl FlowCount {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::Created, Self::Removed, Self::Collected, Self::Settled, Self::Unsettled];
+    pub const ALL: [Self; 7] =
+        [Self::Created, Self::Removed, Self::Collected, Self::Settled, Self::Unsettled, Self::Opened, Self::WrittenOff];
 
     /// The name that the command line shows.
     pub const fn text(self) -> &'static str {
@@ -235,6 +240,8 @@ impl FlowCount {
             Self::Collected => "flows collected",
             Self::Settled => "flows settled",
             Self::Unsettled => "flows not settled",
+            Self::Opened => "flows opened",
+            Self::WrittenOff => "flows written off",
         }
     }
 }

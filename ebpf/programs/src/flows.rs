@@ -2,9 +2,10 @@
 //!
 //! There are two tables. Established TCP connections are in `FLOWS`, which forgets nothing to make room; everything else
 //! is in `TRANSIENT`, which forgets the oldest: so whoever opens connections without end harms those that are not
-//! established, and works without an agent. A connection moves to the first when its client goes on after the
-//! backend's answer, and stays in the second while the first is full. The copy left behind goes a second later, when
-//! no CPU can be between the two lookups any more.
+//! established, and works without an agent. TCP connections begin in the first, where they stay, while those that are not
+//! established yet take no more than a share of it ([`has_room`]): to move costs as much again. Beyond that they begin in
+//! the second, move when the client goes on after the backend's answer, and stay there while the first is full. The copy left
+//! behind goes a second later, when no CPU can be between the two lookups any more.
 //!
 //! Deliberately absent: looking for entries that have expired, which is the agent's; beginning connections, which is in
 //! `opening`.
@@ -16,7 +17,7 @@ use kinesin_abi::{
 };
 
 use crate::{
-    affinity, lookup,
+    affinity, loaded, lookup,
     maps::{COUNTS, FLOW, FLOWS, FLOWS_OLD, SLOTS, TRANSIENT, TRANSIENT_OLD},
     packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
@@ -68,7 +69,7 @@ pub fn remove_transient(key: &FlowKey) -> u32 {
 
 /// Removes an entry from both tables.
 #[inline(never)]
-fn forget(key: &FlowKey) -> u32 {
+pub fn forget(key: &FlowKey) -> u32 {
     let _ = FLOWS.remove(key);
     remove_transient(key)
 }
@@ -288,6 +289,9 @@ fn keep(key: &FlowKey, value: &FlowValue, mine: u32) -> u32 {
     {
         // SAFETY: points into the map; what two CPUs write at once is advisory.
         let entry = unsafe { &mut *entry };
+        if settled && entry.tcp & TCP_SEEN_ACK == 0 {
+            count(FlowCount::Settled);
+        }
         // What is in there is older than what any CPU is about to look for: see the module's header.
         if value.last_seen.saturating_sub(entry.last_seen) > FRESH && TRANSIENT.remove(key).is_ok() {
             count(FlowCount::Removed);
@@ -297,6 +301,7 @@ fn keep(key: &FlowKey, value: &FlowValue, mine: u32) -> u32 {
     }
     if settled {
         if FLOWS.insert(key, value, BPF_NOEXIST as u64).is_ok() {
+            count(FlowCount::Opened);
             count(FlowCount::Settled);
             return 0;
         }
@@ -320,6 +325,15 @@ fn refresh(entry: &mut FlowValue, value: &FlowValue, mine: u32) {
     if mine != 0 {
         entry.last_seen = value.last_seen;
     }
+}
+
+/// 1 where a connection may begin in the table of established ones, as far as this CPU knows: packets of a connection mostly
+/// stay on one, and the agent evens out what they do not.
+#[inline(never)]
+pub fn has_room() -> u32 {
+    let of = |what: FlowCount| COUNTS.get(what as u32).copied().unwrap_or(0);
+    let opening = of(FlowCount::Opened).wrapping_sub(of(FlowCount::Settled)).wrapping_sub(of(FlowCount::WrittenOff));
+    ((opening as i64) < loaded::most_opening() as i64) as u32
 }
 
 /// Counts what happens to a connection.

@@ -27,6 +27,10 @@ loaded! {
     NODE_NETNS, node_netns: u64 = 0
 }
 loaded! {
+    /// How many entries of TCP connections that are not established yet each CPU may have in the table of those that are.
+    MOST_OPENING, most_opening: u32 = 0
+}
+loaded! {
     /// Entries of the Maglev tables (`bpf-lb-maglev-table-size`).
     MAGLEV_SIZE, maglev_size: u32 = MAGLEV_TABLE_SIZE
 }

@@ -34,7 +34,8 @@ pub static BACKENDS: Array<Backend, 65536> = Array::new();
 #[btf_map]
 pub static MAGLEV: HashOfMaps<u32, Array<MaglevTable, 1>, 65536, NO_PREALLOC> = HashOfMaps::new();
 
-/// Established TCP connections: what the tuple of a packet becomes. Nothing in here is forgotten to make room.
+/// Established TCP connections, and a share of those that begin: what the tuple of a packet becomes. Nothing in here is
+/// forgotten to make room.
 #[btf_map]
 pub static FLOWS: HashMap<FlowKey, FlowValue, 131072, NO_PREALLOC> = HashMap::new();
 

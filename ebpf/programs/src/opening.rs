@@ -10,7 +10,7 @@ use kinesin_abi::{
 
 use crate::{
     family::Family,
-    flows::{ABSENT, MOVING, SECOND, SETTLED, count, direct_partner, fetch, partner, remove_transient},
+    flows::{ABSENT, MOVING, SECOND, count, direct_partner, fetch, forget, has_room, partner},
     local, lookup,
     maps::{FLOW, FLOWS, FLOWS_OLD, TRANSIENT, TRANSIENT_OLD},
     packet::Packet,
@@ -175,7 +175,7 @@ fn allocate<F: Family>(skb: Skb, client: &FlowKey, forward: &mut FlowValue, rang
     }
     // Once, and afterwards: who is as unlucky as this tries again.
     if attempt != 0 && result == TAKEN && local::has_socket::<F>(skb, &key) != 0 {
-        remove_transient(&key);
+        forget(&key);
         result = OCCUPIED;
     }
     forward.sport = key.dport;
@@ -226,9 +226,22 @@ fn old_has(key: &FlowKey) -> u32 {
 /// Writes the entry of a new connection; `over` is not 0 where one of the past may be under its tuple.
 #[inline(never)]
 fn write(key: &FlowKey, value: &FlowValue, over: u32) -> u32 {
+    if key.proto == proto::TCP && has_room() != 0 {
+        let how = if over == 0 { BPF_NOEXIST } else { BPF_ANY };
+        match FLOWS.insert(key, value, how as u64) {
+            // What the other table may have is found by nobody any more, and goes later.
+            Ok(()) => {
+                count(FlowCount::Opened);
+                return TAKEN;
+            }
+            // Somebody was quicker.
+            Err(EXISTS) => return OCCUPIED,
+            // It is full.
+            Err(_) => {}
+        }
+    }
     match TRANSIENT.insert(key, value, BPF_NOEXIST as u64) {
         Ok(()) => count(FlowCount::Created),
-        // Somebody was quicker.
         Err(EXISTS) if over == 0 => return OCCUPIED,
         Err(EXISTS) => {
             if TRANSIENT.insert(key, value, BPF_ANY as u64).is_err() {
@@ -259,7 +272,7 @@ fn yields(holder: &FlowValue, key: &FlowKey, reply: &FlowValue, how: u32) -> u32
     }
     // Few arguments, and what is long is read and written where it is: nothing is deeper, and the stack is short.
     let (Some(settings), Some(packet)) = (lookup::settings(), lookup::scratch()) else { return 0 };
-    let quiet = settings.timeouts.of(key.proto, holder.flags, holder.tcp, place == SETTLED) as u64 * SECOND;
+    let quiet = settings.timeouts.of(key.proto, holder.flags, holder.tcp) as u64 * SECOND;
     if reply.last_seen.saturating_sub(holder.last_seen) <= quiet {
         return 0;
     }
