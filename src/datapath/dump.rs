@@ -4,9 +4,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use kinesin_abi::{
     AFFINITY_NETNS, Addr, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Be16, COUNT_ACCELERATED,
-    DEVICE_ETHERNET, DEVICE_POD, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter, DropReason, FLOW_DIRECT,
-    FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue, FragmentKey,
-    FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_ACROSS, PEER_BY_ROUTE,
+    DEVICE_ACROSS, DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter,
+    DropReason, FLOW_DIRECT, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue,
+    FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_ACROSS, PEER_BY_ROUTE,
     PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4,
     SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
     SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
@@ -139,9 +139,10 @@ fn fragment_value(value: &FragmentValue) -> String {
 fn device(value: &DeviceValue) -> String {
     let ethernet = if value.flags & DEVICE_ETHERNET != 0 { "ethernet" } else { "no-link-header" };
     let ipv6 = IpAddr::from(value.ipv6);
-    let xdp = if value.flags & DEVICE_XDP != 0 { " xdp" } else { "" };
-    let pod = if value.flags & DEVICE_POD != 0 { " pod" } else { "" };
-    format!("{} {} {ipv6} {ethernet}{xdp}{pod}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
+    const FLAGS: [(u16, &str); 4] =
+        [(DEVICE_XDP, " xdp"), (DEVICE_POD, " pod"), (DEVICE_SERVED, " served"), (DEVICE_ACROSS, " across")];
+    let flags: String = FLAGS.iter().filter(|(flag, _)| value.flags & flag != 0).map(|(_, text)| *text).collect();
+    format!("{} {} {ipv6} {ethernet}{flags}", mac_text(value.mac), Ipv4Addr::from(value.ipv4.to_ne_bytes()))
 }
 
 fn peer(key: &PeerKey, value: &PeerValue) -> (String, String) {

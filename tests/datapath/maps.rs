@@ -145,7 +145,8 @@ fn every_table_is_dumped_for_people() {
         find("slots", "12 = 12");
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
-        let becomes = "192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan";
+        let becomes =
+            "192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan";
         find("flows", &format!("TCP {becomes}"));
         find("transient", &format!("UDP {becomes}"));
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");

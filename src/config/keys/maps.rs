@@ -61,14 +61,14 @@ pub(super) static KEYS: &[KeyDef] = &[
         "bpf-ct-global-tcp-max",
         "0",
         Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.tcp },
-        "Entries for established TCP connections, two for each; 0 follows bpf-map-dynamic-size-ratio, from 131072 on.",
+        "Entries for TCP connections, two for each, of which those that are not established have an eighth; 0 follows bpf-map-dynamic-size-ratio, from 131072 on.",
     ),
     reattach(
         SERVICES,
         "bpf-ct-global-any-max",
         "0",
         Kind::Int { min: 0, max: CT_MAX, at: |c| &mut c.services.sizes.any },
-        "Entries for other flows, two for each: UDP, and TCP connections that are not established; 0 follows bpf-map-dynamic-size-ratio, from 65536 on.",
+        "Entries for other flows, two for each: UDP, and TCP connections for which the other table has no room; 0 follows bpf-map-dynamic-size-ratio, from 65536 on.",
     ),
     reattach(
         SERVICES,
