@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{clsact, sys};
 
 /// `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS` of `enum bpf_attach_type`.
-const TCX: [u32; 2] = [46, 47];
+pub(crate) const TCX: [u32; 2] = [46, 47];
 /// `BPF_XDP` of the same.
 const XDP: u32 = 37;
 /// `XDP_FLAGS_DRV_MODE`: in the driver or not at all. The kernel's generic mode comes after all that acceleration saves.
