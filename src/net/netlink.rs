@@ -38,6 +38,16 @@ impl Netlink {
     /// # Errors
     /// The kernel does not let us.
     pub(super) fn join(&self, group: u32) -> io::Result<()> {
+        // A socket without an address of its own is left out of what the kernel says for itself.
+        // SAFETY: all zeros is a valid sockaddr_nl.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+        let length = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+        // SAFETY: the pointer and length describe an address that outlives the call.
+        let bound = unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), length) };
+        if bound < 0 {
+            return Err(io::Error::last_os_error());
+        }
         // SAFETY: the pointer and length describe a u32 that outlives the call.
         let result = unsafe {
             libc::setsockopt(
