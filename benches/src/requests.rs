@@ -48,8 +48,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
 
     // `auto` hands packets on to nodes that are neighbours, dispatch `l2`; there the node of the backend needs an agent too.
     // Left to decide, agents go straight to pods: nobody is in the stacks of these nodes.
-    let variants =
-        [("l2", 2, "auto", ""), ("l2, by the stacks", 2, "auto", "true"), ("snat", 1, "snat", "")];
+    let variants = [("l2", 2, "auto", ""), ("l2, by the stacks", 2, "auto", "true"), ("snat", 1, "snat", "")];
     for (name, nodes, mode, legacy) in variants {
         if !wanted(name) {
             continue;
