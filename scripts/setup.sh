@@ -2,7 +2,8 @@
 # Installs whatever is missing to build, run and test Kinesin, and nothing that is there already.
 #
 #   scripts/setup.sh          what `make run` needs: the pinned Rust, the pinned nightly for eBPF, LLVM, bpf-linker
-#   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run, and ip(8)
+#   scripts/setup.sh test     and what `make test` needs: Go, which builds the control plane the tests run, ip(8), and what
+#                             others write rules with
 #   scripts/setup.sh kernels  and what `make test-kernels` needs: qemu, and the tools to pack a kernel's first files
 #   scripts/setup.sh bench    and what `make bench` needs: what kube-proxy, which is measured too, writes its rules with
 #   scripts/setup.sh check    and what `make check` needs: cargo-deny, and the nightly's clippy
@@ -130,10 +131,12 @@ fi
 # Tools of root are where only root's PATH goes.
 have_root() { PATH=$PATH:/usr/sbin:/sbin have "$1"; }
 
-# What kube-proxy writes its rules with.
-if [[ $purpose == bench ]]; then
+# What kube-proxy writes its rules with; tests write some of the same kinds.
+if [[ $purpose == test || $purpose == bench ]]; then
     missing=()
-    for tool in nft:nftables iptables:iptables ipset:ipset conntrack:conntrack; do
+    tools=(nft:nftables iptables-legacy:iptables)
+    [[ $purpose == test ]] || tools+=(ipset:ipset conntrack:conntrack)
+    for tool in "${tools[@]}"; do
         have_root "${tool%:*}" || missing+=("${tool#*:}")
     done
     ((${#missing[@]} == 0)) || apt_install "${missing[@]}"

@@ -26,6 +26,7 @@ use crate::actors::peer_watcher::PeerWatcher;
 use crate::actors::service_health::ServiceHealth;
 use crate::actors::service_watcher::ServiceWatcher;
 use crate::actors::socket_reaper::SocketReaper;
+use crate::actors::stack_watcher::StackWatcher;
 use crate::actors::status_writer::StatusWriter;
 use crate::actors::vip_owner::{VipOwner, VipOwnerMsg};
 use crate::address::Address;
@@ -187,8 +188,14 @@ fn tree(
             Child::actor::<ArpResponder>(&Address::new("arp_responder"), w()),
         ],
     );
-    let node =
-        Child::supervisor("node", REST_FOR_ONE, vec![Child::actor::<LinkWatcher>(&Address::new("link_watcher"), w())]);
+    let node = Child::supervisor(
+        "node",
+        REST_FOR_ONE,
+        vec![
+            Child::actor::<LinkWatcher>(&Address::new("link_watcher"), w()),
+            Child::actor::<StackWatcher>(&Address::new("stack_watcher"), w()),
+        ],
+    );
     let health = Child::supervisor(
         "health",
         POLICY,

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kinesin_core::devices::{Device, Families, families};
+use kinesin_core::host_routing::HostRouting;
 use kinesin_core::objects::{EndpointSlice, L2Policy, Lease, Node, ObjectKey, Pod, Pool, Service};
 use kinesin_core::peers::Peer;
 use kinesin_core::services::{Compiled, HealthCheck, NodeContext, ServiceKey};
@@ -46,6 +47,9 @@ pub struct World {
     pub leases: Table<ObjectKey, Lease>,
     /// Written by link_watcher.
     pub devices: Level<Devices>,
+    /// Written by stack_watcher: which way packets to pods of this node take; absent before its first look. Ask
+    /// [`World::host_routing`].
+    pub host_routing: Level<HostRouting>,
     /// Written by loader: the maps, which may still be without programs.
     pub tables: Level<TablesHandle>,
     /// Written by loader: the maps with programs, and what is attached where.
@@ -93,6 +97,7 @@ impl World {
             policies: Table::default(),
             leases: Table::default(),
             devices: Level::default(),
+            host_routing: Level::default(),
             tables: Level::default(),
             maps: Level::default(),
             connections: Level::default(),
@@ -130,6 +135,11 @@ impl World {
             on.and(families(device, &devices.all)).and(programs)
         };
         Some(devices.selected().map(|device| (device.clone(), can(device))).collect())
+    }
+
+    /// Which way packets to pods of this node take: the host's stack while that is not known yet.
+    pub fn host_routing(&self) -> Arc<HostRouting> {
+        self.host_routing.get().unwrap_or_default()
     }
 
     /// The configuration in force.

@@ -6,6 +6,8 @@
 mod adapters;
 #[path = "node/agents.rs"]
 mod agents;
+#[path = "support/bpf.rs"]
+mod bpf;
 #[path = "node/lifetime.rs"]
 mod lifetime;
 #[path = "node/load.rs"]
@@ -16,6 +18,8 @@ mod objects;
 mod paths;
 #[path = "support/snmp.rs"]
 mod snmp;
+#[path = "node/stack_users.rs"]
+mod stack_users;
 
 use std::time::Duration;
 

@@ -36,13 +36,18 @@ impl Mode {
     }
 }
 
-const L2: Mode = Mode { keys: &[("bpf-lb-mode", "l2")], keeps_client: [true, true], segments: 1 };
-const SNAT: Mode = Mode { keys: &[("bpf-lb-mode", "snat")], keeps_client: [false, false], segments: 1 };
-const IPIP: Mode =
-    Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "ipip")], keeps_client: [true, true], segments: 2 };
-const OPT: Mode = Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "opt")], ..IPIP };
+/// To pods by the host's stack in these labs, whoever is in it.
+const BY_STACK: (&str, &str) = ("enable-host-legacy-routing", "true");
+const L2: Mode = Mode { keys: &[("bpf-lb-mode", "l2"), BY_STACK], keeps_client: [true, true], segments: 1 };
+const SNAT: Mode = Mode { keys: &[("bpf-lb-mode", "snat"), BY_STACK], keeps_client: [false, false], segments: 1 };
+const IPIP: Mode = Mode {
+    keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "ipip"), BY_STACK],
+    keeps_client: [true, true],
+    segments: 2,
+};
+const OPT: Mode = Mode { keys: &[("bpf-lb-mode", "dsr"), ("bpf-lb-dsr-dispatch", "opt"), BY_STACK], ..IPIP };
 const HYBRID: Mode = Mode {
-    keys: &[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "ipip")],
+    keys: &[("bpf-lb-mode", "hybrid"), ("bpf-lb-dsr-dispatch", "ipip"), BY_STACK],
     keeps_client: [true, false],
     segments: 2,
 };

@@ -47,8 +47,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let mut columns = Vec::new();
 
     // `auto` hands packets on to nodes that are neighbours, dispatch `l2`; there the node of the backend needs an agent too.
-    let variants =
-        [("l2", 2, "auto", "true"), ("l2, straight to pods", 2, "auto", "false"), ("snat", 1, "snat", "true")];
+    // Left to decide, agents go straight to pods: nobody is in the stacks of these nodes.
+    let variants = [("l2", 2, "auto", ""), ("l2, by the stacks", 2, "auto", "true"), ("snat", 1, "snat", "")];
     for (name, nodes, mode, legacy) in variants {
         if !wanted(name) {
             continue;
@@ -68,7 +68,12 @@ pub(crate) fn run() -> anyhow::Result<()> {
             (1..=nodes).map(start).collect::<Result<Vec<_>, _>>()?
         };
         if nodes == 2 {
-            wait_neighbours(&cluster, &agents[0])?;
+            // The entry node hands packets on to the other one.
+            wait_said(&cluster, &agents[0], "mode", "L2 to 1 of 1")?;
+        }
+        let way = if legacy.is_empty() { "BPF" } else { "Legacy" };
+        for agent in &agents {
+            wait_said(&cluster, agent, "hostRouting", way)?;
         }
         wait_served(&cluster, || agents[0].logs(20))?;
         columns.push((format!("Kinesin, {name}"), measure(&cluster, &pods, &sinks, SERVED)?));
@@ -163,18 +168,18 @@ pub(crate) fn prepare(cluster: &Cluster) -> anyhow::Result<([Pod; 2], [Sink; 2])
     Ok((pods, sinks))
 }
 
-/// Waits until the entry node hands packets on to the other one.
-fn wait_neighbours(cluster: &Cluster, entry: &AgentHandle) -> anyhow::Result<()> {
+/// Waits until an agent says so of one of kube-proxy's duties.
+fn wait_said(cluster: &Cluster, agent: &AgentHandle, duty: &str, part: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         // Until its socket is there, it does not answer at all.
-        let answer = cluster.runtime.block_on(entry.get("/v1/status"));
+        let answer = cluster.runtime.block_on(agent.get("/v1/status"));
         let status = answer.ok().and_then(|(_, text)| serde_json::from_str::<Value>(&text).ok()).unwrap_or_default();
-        let mode = status["kubeProxyReplacement"]["mode"].as_str().map(str::to_owned);
-        if mode.as_ref().is_some_and(|mode| mode.contains("L2 to 1 of 1")) {
+        let said = status["kubeProxyReplacement"][duty].as_str().map(str::to_owned);
+        if said.as_ref().is_some_and(|said| said.contains(part)) {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "the nodes are not neighbours: {mode:?}; {}", entry.logs(20));
+        ensure!(Instant::now() < deadline, "{duty} is not {part}: {said:?}; {}", agent.logs(20));
         pause(Duration::from_millis(50));
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod devices;
 pub mod flows;
+pub mod host_routing;
 pub mod lb_ipam;
 pub mod maglev;
 pub mod node_ports;

@@ -2,8 +2,8 @@
 //!
 //! owns: the eBPF object, the hooks and their pins, the devices map, the static part of the settings, and that the kernel
 //! reserves NodePorts
-//! hears: changes of the node's devices and of the configuration, the clock for comparing both and the hooks with what
-//! is there, and for trying again what failed
+//! hears: changes of the node's devices, of the configuration and of the way to pods, the clock for comparing them and the
+//! hooks with what is there, and for trying again what failed
 //! says: the tables level: the maps, which can be filled while the kernel still verifies the programs; the maps level: the
 //! same maps with programs, and what is attached where
 //! restart story: loads again, adopts the pinned maps and replaces the program of each pinned link in place, so that no
@@ -22,6 +22,7 @@ use kinesin_abi::{
     SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
+use kinesin_core::host_routing::HostRouting;
 use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::Limits;
 use metrics::counter;
@@ -41,7 +42,7 @@ use crate::world::{Devices, MapsHandle, TablesHandle, World};
 
 /// What the loader hears.
 pub enum LoaderMsg {
-    /// Devices or configuration changed.
+    /// Devices, configuration or the way to pods changed.
     Wake,
     /// Time to compare what is written and attached with what should be.
     Verify,
@@ -72,6 +73,7 @@ pub struct Loader {
     loaded: Loaded,
     devices: Follower<Devices>,
     config: Follower<Config>,
+    host_routing: Follower<HostRouting>,
     /// Devices that carry our programs, by index.
     attached: BTreeMap<u32, SmolStr>,
     /// Those whose drivers run one too, as the devices map says.
@@ -90,7 +92,7 @@ impl Actor for Loader {
         let wake = me.waker(|| LoaderMsg::Wake);
         let options = Options::from(&*world.config());
         let acceleration = acceleration(&world.config());
-        // The programs follow with the first message, which one of the two levels sends.
+        // The programs follow with the first message, which one of the levels sends.
         let loader = Self {
             loaded: open(options.clone(), acceleration).await?,
             options,
@@ -98,7 +100,8 @@ impl Actor for Loader {
             driven: BTreeSet::new(),
             told: Told::default(),
             devices: world.devices.follow(wake.clone()),
-            config: world.config.follow(wake),
+            config: world.config.follow(wake.clone()),
+            host_routing: world.host_routing.follow(wake),
             attached: BTreeMap::new(),
             verify: me.cast_after(world.config().services.verify_interval, LoaderMsg::Verify),
             me,
@@ -128,7 +131,8 @@ impl Actor for Loader {
             }
         }
         let config = self.config.changed();
-        let news = self.devices.changed().is_some() | config.is_some();
+        let routing = self.host_routing.changed();
+        let news = self.devices.changed().is_some() | config.is_some() | routing.is_some();
         if let Some(config) = config {
             let options = Options::from(&*config);
             if options != self.options {
@@ -216,7 +220,7 @@ impl Loader {
 
     /// Returns whether anything was different.
     fn write_settings(&self) -> Result<bool, Failure> {
-        let config = self.world.config();
+        let (config, routing) = (self.world.config(), self.world.host_routing());
         let reject = config.services.no_backend == NoBackend::Reject;
         let (snat_min, snat_max) = config.services.snat_ports();
         let mut differs = false;
@@ -224,7 +228,7 @@ impl Loader {
             let before = *settings;
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
                 | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 }
-                | if config.services.legacy_host_routing { 0 } else { SETTING_DIRECT_TO_PODS }
+                | if routing.straight { SETTING_DIRECT_TO_PODS } else { 0 }
                 | if config.services.protect_node_ports { SETTING_PROTECT_NODE_PORTS } else { 0 }
                 | if config.services.fragments4 { SETTING_FOLLOW_FRAGMENTS4 } else { 0 }
                 | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };
@@ -275,8 +279,8 @@ impl Loader {
             }
         }
         self.attached = wanted;
-        let direct = !self.world.config().services.legacy_host_routing;
-        let pods = devices.all.iter().filter(|device| direct && devices.is_of_pod(device)).map(|device| device.ifindex);
+        let routing = self.world.host_routing();
+        let pods = devices.pods().map(|device| device.ifindex).filter(|ifindex| routing.goes_straight(*ifindex));
         self.loaded.datapath().follow_pods(&pods.collect());
         // Only now is it known which drivers send what they are handed; that is news, not a difference.
         self.driven = self.loaded.datapath().accelerated();
@@ -286,13 +290,15 @@ impl Loader {
 
     /// Returns how many entries of the devices map were written or deleted.
     fn write_devices(&self, devices: &Devices) -> Result<usize, Failure> {
+        let routing = self.world.host_routing();
         let value = |device: &Device| {
             let mut value = device_value(device);
             value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
-            value.flags |= if devices.is_of_pod(device) { DEVICE_POD } else { 0 };
+            let foreign = routing.foreign.contains(&device.ifindex);
+            value.flags |= if devices.is_of_pod(device) && !foreign { DEVICE_POD } else { 0 };
             let served = devices.selected.contains(&device.ifindex) && device.mac.is_some();
             value.flags |= if served { DEVICE_SERVED } else { 0 };
-            value.flags |= if served && device.leads_across() { DEVICE_ACROSS } else { 0 };
+            value.flags |= if served && device.leads_across() && !foreign { DEVICE_ACROSS } else { 0 };
             (device.ifindex, value)
         };
         let room = self.options.sizes.devices as usize;
@@ -360,7 +366,6 @@ impl Loader {
         self.world.tables.set(tables.clone());
         let maps = MapsHandle { tables, hooks, unaccelerated };
         self.told.acceleration(&maps);
-        self.told.host_routing(&self.world.config());
         self.world.maps.set(maps);
     }
 }

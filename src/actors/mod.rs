@@ -21,5 +21,6 @@ pub mod peer_watcher;
 pub mod service_health;
 pub mod service_watcher;
 pub mod socket_reaper;
+pub mod stack_watcher;
 pub mod status_writer;
 pub mod vip_owner;

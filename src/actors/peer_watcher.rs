@@ -1,7 +1,7 @@
 //! Finds the nodes that packets can be handed on to as they are (dispatches `l2`, `ipip` and `opt`).
 //!
 //! owns: the peers map, the questions to the neighbour table and the routing tables
-//! hears: members, devices, nodes, a (re)loaded data path, the configuration, the clock for asking neighbours again
+//! hears: members, devices, nodes, a (re)loaded data path, the configuration, which way packets to pods take, the clock for asking neighbours again
 //! says: the peers level: which nodes are neighbours or reached by route, and why the others are not
 //! restart story: judges anew from members and neighbour table; entries of the map that it knows nothing of stay while
 //! their node exists, so that connections go on
@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kinesin_core::host_routing::HostRouting;
 use kinesin_core::peers::{self, Beyond, Peer, State, Usage};
 use kinesin_core::trace::RouteQuery;
 use metrics::gauge;
@@ -27,7 +28,7 @@ use crate::world::{Devices, LiveMembers, MapsHandle, World};
 
 /// What the watcher hears.
 pub enum PeerWatcherMsg {
-    /// Members, devices, maps or configuration changed.
+    /// Members, devices, maps, configuration or the way to pods changed.
     Wake,
     /// Time to ask the neighbours again.
     Look,
@@ -54,6 +55,7 @@ pub struct PeerWatcher {
     me: Address<PeerWatcherMsg>,
     rtnl: Rtnl,
     followers: (Follower<LiveMembers>, Follower<Devices>, Follower<crate::config::Config>),
+    host_routing: Follower<HostRouting>,
     maps: Follower<MapsHandle>,
     store: Option<Arc<dyn MapStore>>,
     /// Looks in a row that left somebody without an answer.
@@ -75,6 +77,7 @@ impl Actor for PeerWatcher {
                 world.devices.follow(wake.clone()),
                 world.config.follow(wake.clone()),
             ),
+            host_routing: world.host_routing.follow(wake.clone()),
             maps: world.maps.follow(wake),
             store: None,
             eager: 0,
@@ -87,6 +90,8 @@ impl Actor for PeerWatcher {
     async fn handle(&mut self, message: PeerWatcherMsg) -> Result<(), Failure> {
         let (members, devices, config) = &self.followers;
         let news = members.changed().is_some() | devices.changed().is_some() | config.changed().is_some();
+        // It only wakes: what is written follows below.
+        drop(self.host_routing.changed());
         if let Some(handle) = self.maps.changed() {
             self.store = Some(handle.tables.store.clone());
         }
@@ -164,7 +169,8 @@ impl PeerWatcher {
             .is_complete()
             .then(|| self.world.nodes.keys().iter().map(|key| peers::tag(&key.name)).collect());
         let known = |tag| nodes.as_ref().is_none_or(|nodes| nodes.contains(&tag));
-        let usage = Usage { new: self.enabled(), across: !self.world.config().services.legacy_host_routing };
+        let routing = self.world.host_routing();
+        let usage = Usage { new: self.enabled(), routing: &routing };
         let wanted = peers::entries(peers, usage, &held, known);
         let held: BTreeMap<_, _> = held.into_iter().collect();
         for (key, value) in wanted.iter().filter(|(key, value)| held.get(key) != Some(value)) {

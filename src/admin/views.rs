@@ -246,7 +246,7 @@ pub struct KprView {
     pub session_affinity: bool,
     /// `Disabled`; `Native` or `Best-Effort`, with each device: `Native (eth0 in its driver; eth1 by tc: its driver …)`
     pub xdp_acceleration: String,
-    /// `Legacy`: by the host's stack; `BPF (3 devices of pods; …)`: straight to pods of this node.
+    /// `Legacy (…)`: by the host's stack, and why; `BPF (3 devices of pods; …)`: straight to pods of this node.
     pub host_routing: String,
     /// What is served: `ClusterIP` → `Enabled`, `NodePort` → `Enabled (Range: 30000-32767)`, …
     pub services: BTreeMap<String, String>,

@@ -232,7 +232,7 @@ impl Answers {
         }
         let driven = handle.drivers().filter(|(_, why)| why.is_none()).count();
         gauge!("kinesin_accelerated_devices").set(driven as f64);
-        gauge!("kinesin_direct_devices").set(kpr::direct_devices(&self.world).unwrap_or(0) as f64);
+        gauge!("kinesin_direct_devices").set(kpr::direct_devices(&self.world) as f64);
         for (reason, direction, count) in handle.tables.store.drops().unwrap_or_default() {
             let direction = format!("{direction:?}").to_uppercase();
             let labels = [("reason", reason.text().to_owned()), ("direction", direction)];

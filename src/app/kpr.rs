@@ -48,25 +48,36 @@ fn acceleration(world: &World) -> String {
 }
 
 /// How many devices of pods packets go straight to; none where all of them pass the host's stack.
-pub(super) fn direct_devices(world: &World) -> Option<usize> {
-    let direct = !world.config().services.legacy_host_routing;
-    direct.then(|| world.devices.get().map_or(0, |devices| devices.of_pods()))
+pub(super) fn direct_devices(world: &World) -> usize {
+    let (devices, routing) = (world.devices.get(), world.host_routing());
+    devices.iter().flat_map(|devices| devices.pods()).filter(|device| routing.goes_straight(device.ifindex)).count()
 }
 
 /// The devices by whose other end frames for neighbours leave, in a node that is a container.
 fn across(world: &World) -> String {
-    let devices = world.devices.get().filter(|_| world.config().services.hands_on());
+    let (devices, routing) = (world.devices.get().filter(|_| world.config().services.hands_on()), world.host_routing());
+    let straight = devices.iter().flat_map(|devices| devices.of_container());
     let names: Vec<_> =
-        devices.iter().flat_map(|devices| devices.of_container()).map(|device| device.name.as_str()).collect();
+        straight.filter(|device| routing.goes_straight(device.ifindex)).map(|device| device.name.as_str()).collect();
     if names.is_empty() { String::new() } else { format!("; to neighbours across {}", names.join(", ")) }
 }
 
-/// Whether packets to pods of this node pass the host's stack, and how many devices they go straight to.
+/// Whether packets to pods of this node pass the host's stack, and why, and how many devices they go straight to.
 fn host_routing(world: &World) -> String {
-    let Some(devices) = direct_devices(world) else { return "Legacy".into() };
-    let tracked =
-        if sysctl::tracks_connections() { "; netfilter tracks connections, and sees only answers" } else { "" };
-    format!("BPF ({devices} devices of pods{}{tracked})", across(world))
+    let routing = world.host_routing();
+    if !routing.straight {
+        return routing.why.as_ref().map_or_else(|| "Legacy".into(), |why| format!("Legacy ({why})"));
+    }
+    let direct = direct_devices(world);
+    let devices = world.devices.get();
+    let apart = devices.iter().flat_map(|devices| devices.pods()).count() - direct;
+    let apart = if apart > 0 { format!(", {apart} by the stack: tc programs of others") } else { String::new() };
+    let tracked = if routing.said && sysctl::tracks_connections() {
+        "; netfilter tracks connections, and sees only part of each"
+    } else {
+        ""
+    };
+    format!("BPF ({direct} devices of pods{apart}{}{tracked})", across(world))
 }
 
 /// What `kinesin status` says of it.

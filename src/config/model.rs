@@ -202,8 +202,8 @@ pub struct Services {
     pub mode: LbMode,
     /// `bpf-lb-dsr-dispatch`
     pub dsr_dispatch: DsrDispatch,
-    /// `enable-host-legacy-routing`
-    pub legacy_host_routing: bool,
+    /// `enable-host-legacy-routing`; `None` leaves it to what uses the host's stack. Ask [`crate::world::World::host_routing`].
+    pub legacy_host_routing: Option<bool>,
     /// `bpf-lb-acceleration`
     pub acceleration: Acceleration,
     /// `bpf-lb-mode-annotation`

@@ -18,7 +18,7 @@ pub(super) type At<T> = fn(&mut Config) -> &mut T;
 pub(super) enum Kind {
     /// Go's `ParseBool` spellings.
     Bool(At<bool>),
-    /// A bool that may be left to another key (empty).
+    /// A bool that may be left to another key, or to the agent (empty).
     OptionalBool(At<Option<bool>>),
     /// A whole number within bounds, both inclusive.
     Int { min: u32, max: u32, at: At<u32> },

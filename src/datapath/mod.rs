@@ -24,6 +24,7 @@ mod options;
 mod pin;
 mod pods;
 mod sys;
+mod tcx;
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -48,6 +49,7 @@ pub use memory::MemoryMaps;
 pub use moving::Moving;
 pub use options::{Acceleration, AttachMode, LoadError, LoadOptions, MapSizes};
 pub use pin::{Migration, cgroup2_root, detach_all, ensure_bpffs, links_dir, maps_dir, pins};
+pub use tcx::programs_at;
 
 /// Names of all tables, as `kinesin dump` takes them. Upper case, they are the names of the maps and their pins.
 pub const TABLES: [&str; 16] = [

@@ -4,7 +4,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -19,8 +19,10 @@ pub(crate) enum Command {
     NextKey = 4,
     ObjPin = 6,
     ObjGet = 7,
+    ProgFdById = 13,
     MapFdById = 14,
     InfoByFd = 15,
+    ProgQuery = 16,
     BtfLoad = 18,
     LookupBatch = 24,
     UpdateBatch = 26,
@@ -119,6 +121,20 @@ struct LinkAttr {
 }
 // SAFETY: integers without padding.
 unsafe impl Attr for LinkAttr {}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    pad: u32,
+}
+// SAFETY: integers with explicit padding.
+unsafe impl Attr for QueryAttr {}
 
 #[repr(C)]
 #[derive(Default)]
@@ -230,6 +246,38 @@ pub(crate) fn create_array(name: &str, value: u32, types: Option<(BorrowedFd<'_>
 
 pub(crate) fn map_by_id(id: u32) -> io::Result<OwnedFd> {
     call(Command::MapFdById, &mut IdAttr { id, ..Default::default() }).map(owned)
+}
+
+/// Ids of the programs at a hook of a device or cgroup; as many as there is room for.
+pub(crate) fn programs_at(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
+    let mut ids = [0u32; 64];
+    let mut attr = QueryAttr {
+        target,
+        attach_type,
+        programs: ids.as_mut_ptr() as u64,
+        count: ids.len() as u32,
+        ..Default::default()
+    };
+    match call(Command::ProgQuery, &mut attr) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOSPC) => Err(error),
+        _ => Ok(ids.into_iter().take(attr.count as usize).collect()),
+    }
+}
+
+/// `struct bpf_prog_info` up to the name.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ProgramInfo {
+    before: [u64; 8],
+    name: [u8; 16],
+}
+
+/// The name of a program, at most 15 characters of it.
+pub(crate) fn program_name(id: u32) -> io::Result<String> {
+    let program = call(Command::ProgFdById, &mut IdAttr { id, ..Default::default() }).map(owned)?;
+    let info: ProgramInfo = info(program.as_fd())?;
+    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
 }
 
 /// Reads an element into `value`, which must have room for what the kernel copies.

@@ -27,14 +27,15 @@ impl Devices {
         self.all.iter().filter(|device| self.selected.contains(&device.ifindex))
     }
 
-    /// Whether packets to a pod of this node may go straight to it through the device: not through one to the LAN.
+    /// Whether packets to a pod of this node may go straight to it through the device, as far as the device is concerned: not
+    /// through one to the LAN.
     pub fn is_of_pod(&self, device: &Device) -> bool {
         device.leads_across() && !self.selected.contains(&device.ifindex)
     }
 
-    /// How many devices do.
-    pub fn of_pods(&self) -> usize {
-        self.all.iter().filter(|device| self.is_of_pod(device)).count()
+    /// The devices through which they may.
+    pub fn pods(&self) -> impl Iterator<Item = &Device> {
+        self.all.iter().filter(|device| self.is_of_pod(device))
     }
 
     /// The devices to the LAN whose other end is in another namespace: this node is a container.

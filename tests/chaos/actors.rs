@@ -20,7 +20,8 @@ const WINDOW: Duration = Duration::from_millis(20_500);
 const BOUND: Duration = Duration::from_secs(600);
 
 /// Actors that fall with each other; outside such groups each is alone.
-const GROUPS: [&[&str]; 2] = [
+const GROUPS: [&[&str]; 3] = [
+    &["link_watcher", "stack_watcher"],
     &["loader", "map_writer", "flow_collector", "socket_reaper"],
     &["service_watcher", "endpoint_watcher", "pod_watcher", "endpoint_syncer", "status_writer"],
 ];

@@ -1,5 +1,5 @@
-//! `enable-host-legacy-routing=false` on every node: backends here and behind other nodes answer as before, the key works
-//! without a restart in both directions, and everybody is told.
+//! Straight to pods on every node: backends here and behind other nodes answer as before, the key works without a restart in
+//! both directions, agents that are left to decide follow who comes into the stack, and everybody is told.
 
 use super::*;
 
@@ -76,6 +76,68 @@ async fn packets_to_pods_go_straight_or_by_the_stack_as_the_key_says_and_connect
         // Two thirds of the connections are handed on, with two frames for each echo.
         assert!(work.sent + echoes / 4 < by_stack.sent, "{work:?}, {by_stack:?}");
     }
+}
+
+/// Runs a command, of words, on a node.
+fn run(node: &kinesin::lab::Node, command: &str) {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let output = node.netns().run(|| Command::new(words[0]).args(&words[1..]).output()).unwrap().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[tokio::test]
+async fn left_to_themselves_agents_go_straight_while_nobody_in_the_stack_would_look_and_connections_go_on() {
+    const FORWARD: &str = "Legacy (nftables: inet watch forwarded (hook forward))";
+    let rig = rig("by-itself", &[], "").await;
+    let owner = rig.owner().await;
+    rig.all_neighbours(owner).await;
+    rig.wait_for_host_routing(STRAIGHT).await;
+    let node = rig.lab.node(owner);
+    let mut streams = Vec::new();
+    for _ in 0..12 {
+        streams.push(echo_stream(&rig).await);
+    }
+    let straight = rig.echoes(&mut streams, 20).await;
+
+    // Somebody who wants to see forwarded packets, on one node: its own pod's are seen, and what it hands on stays as it was.
+    run(node, "nft add table inet watch");
+    run(node, "nft add chain inet watch forwarded { type filter hook forward priority 0; }");
+    run(node, "nft add chain inet watch own { type filter hook input priority 0; }");
+    run(node, "nft add rule inet watch own counter");
+    run(node, "nft add rule inet watch forwarded ip daddr 10.42.0.0/16 counter");
+    rig.wait_for_duty(owner, FORWARD, |duties| duties.host_routing).await;
+    for other in (1..=3).filter(|other| *other != owner) {
+        rig.wait_for_duty(other, STRAIGHT, |duties| duties.host_routing).await;
+    }
+    let seen = rig.echoes(&mut streams, 20).await;
+    assert!(seen.forwarded > straight.forwarded && seen.sent > straight.sent, "{straight:?}, {seen:?}");
+    let output = node.netns().run(|| Command::new("nft").args(["list", "table", "inet", "watch"]).output());
+    let rules = String::from_utf8(output.unwrap().unwrap().stdout).unwrap();
+    let rule = rules.lines().find(|line| line.contains("daddr")).unwrap();
+    assert!(!rule.contains("packets 0 "), "{rules}");
+    let (_, metrics) = rig.agent(owner).get("/metrics").await.unwrap();
+    assert!(metrics.contains("kinesin_direct_devices 0"), "{metrics}");
+    run(node, "nft delete chain inet watch forwarded");
+    rig.wait_for_host_routing(STRAIGHT).await;
+    let again = rig.echoes(&mut streams, 20).await;
+    assert!(again.forwarded < seen.forwarded && again.sent < seen.sent, "{seen:?}, {again:?}");
+
+    // Somebody at the pod's device alone, and at the device to the LAN beside ours.
+    let pod = format!("veth-{}", rig.lab.pod(owner, 1).name());
+    run(node, &format!("tc qdisc add dev {pod} clsact"));
+    let apart = "BPF (0 devices of pods, 1 by the stack: tc programs of others; to neighbours across eth0)";
+    rig.wait_for_duty(owner, apart, |duties| duties.host_routing).await;
+    let by_stack = rig.echoes(&mut streams, 20).await;
+    assert!(by_stack.forwarded > again.forwarded, "{again:?}, {by_stack:?}");
+    run(node, &format!("tc qdisc delete dev {pod} clsact"));
+    rig.wait_for_host_routing(STRAIGHT).await;
+
+    // What changes without a word, and what the configuration says whoever is there.
+    run(node, "iptables-legacy -t nat -L -n");
+    rig.wait_for_duty(owner, "Legacy (iptables: table nat)", |duties| duties.host_routing).await;
+    node.set_config(KEY, "false").unwrap();
+    rig.wait_for_host_routing(STRAIGHT).await;
+    rig.echoes(&mut streams, 1).await;
 }
 
 /// As many as a large node has pods, and more: all of them are written, and no actor fails over it.

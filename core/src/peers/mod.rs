@@ -19,6 +19,7 @@ use kinesin_abi::{
 use smol_str::SmolStr;
 
 use crate::devices::{Device, mac_text};
+use crate::host_routing::HostRouting;
 use crate::presence::{Link, Record};
 use crate::services::Dispatch;
 
@@ -283,19 +284,19 @@ fn at(node: NodeTag, ips: impl Iterator<Item = IpAddr>) -> PeerValue {
 }
 
 /// What may be done with peers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage<'a> {
     /// New connections are handed on to them.
     pub new: bool,
-    /// Frames go straight to the other end of our device where that can be (`enable-host-legacy-routing=false`).
-    pub across: bool,
+    /// Through which devices frames go straight to the other end, where there is one.
+    pub routing: &'a HostRouting,
 }
 
 /// What the peers hash should hold. `held` is what it holds; `known` says whether a tag belongs to a node that exists.
 /// Peers that have left stay, for the connections that they have, but take no new ones; nodes that are gone go.
 pub fn entries(
     peers: &[Peer],
-    usage: Usage,
+    usage: Usage<'_>,
     held: &[(PeerKey, PeerValue)],
     known: impl Fn(NodeTag) -> bool,
 ) -> BTreeMap<PeerKey, PeerValue> {
@@ -311,7 +312,7 @@ pub fn entries(
         let takes_new = if takes_new { PEER_TAKES_NEW } else { 0 };
         let value = match &peer.way {
             Some(Way { ifindex, across, link, .. }) => {
-                let flags = takes_new | if usage.across && *across { PEER_ACROSS } else { 0 };
+                let flags = takes_new | if *across && usage.routing.goes_straight(*ifindex) { PEER_ACROSS } else { 0 };
                 PeerValue { mac: mac_words(link.mac), flags, ifindex: *ifindex, ..at(node, ends(link)) }
             }
             None => PeerValue { flags: takes_new | PEER_BY_ROUTE, ..at(node, destinations(&peer.links)) },
@@ -325,9 +326,10 @@ pub fn entries(
             wanted.extend(ends(link).map(|ip| (PeerKey::of_addr(&ip.into()), value)));
         }
     }
-    let lost = PEER_TAKES_NEW | if usage.across { 0 } else { PEER_ACROSS };
     for (key, value) in held {
         if !present.contains(&value.node) && known(value.node) {
+            let straight = usage.routing.goes_straight(value.ifindex);
+            let lost = PEER_TAKES_NEW | if straight { 0 } else { PEER_ACROSS };
             wanted.entry(*key).or_insert(PeerValue { flags: value.flags & !lost, ..*value });
         }
     }

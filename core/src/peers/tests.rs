@@ -2,7 +2,8 @@ use super::*;
 
 const HERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const THERE: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const NEW: Usage = Usage { new: true, across: false };
+static BY_STACK: HostRouting = HostRouting { straight: false, said: false, why: None, foreign: BTreeSet::new() };
+const NEW: Usage<'static> = Usage { new: true, routing: &BY_STACK };
 
 fn net(text: &str) -> IpNet {
     text.parse().expect("a network")
@@ -98,14 +99,17 @@ fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_
     let of_b = [PeerKey::of_node(tag("b")), PeerKey::of_mac(THERE)];
     assert!(left.len() == 3 && of_b.iter().all(|key| left[key] == PeerValue { flags: 0, ..value }));
     assert_eq!(entries(&[], NEW, &held, |_| false), BTreeMap::new());
-    let off = entries(&peers, Usage::default(), &held, |_| true);
+    let off = entries(&peers, Usage { new: false, ..NEW }, &held, |_| true);
     assert!(off.len() == 3 && off.values().all(|value| value.flags & PEER_TAKES_NEW == 0));
 }
 
 #[test]
 fn frames_go_across_a_pair_only_where_that_is_asked_for_and_can_be() {
     let pair = Device { kind: "veth".into(), reaches_out: true, qdisc: "noqueue".into(), ..device() };
-    let usage = Usage { new: true, across: true };
+    let straight = HostRouting { straight: true, ..HostRouting::default() };
+    let usage = Usage { new: true, routing: &straight };
+    let foreign = HostRouting { foreign: BTreeSet::from([7]), ..straight.clone() };
+    let apart = Usage { new: true, routing: &foreign };
     let flags = |device: &Device, usage| {
         let links = [link("10.0.0.12/24")];
         let peers = judge("a", &[device], &members(&[("b", &links)]), &[neighbour(THERE)], &near());
@@ -116,12 +120,14 @@ fn frames_go_across_a_pair_only_where_that_is_asked_for_and_can_be() {
     assert_eq!(flags(&pair, usage), PEER_TAKES_NEW | PEER_ACROSS);
     assert_eq!(flags(&pair, Usage { new: false, ..usage }), PEER_ACROSS);
     assert_eq!(flags(&pair, NEW), PEER_TAKES_NEW);
+    assert_eq!(flags(&pair, apart), PEER_TAKES_NEW);
     assert_eq!(flags(&Device { qdisc: "tbf".into(), ..pair }, usage), PEER_TAKES_NEW);
     assert_eq!(flags(&device(), usage), PEER_TAKES_NEW);
-    // One that has left keeps its way for as long as the key says so.
+    // One that has left keeps its way for as long as frames go so.
     let key = PeerKey::of_node(tag("b"));
-    let held = [(key, PeerValue { flags: PEER_TAKES_NEW | PEER_ACROSS, node: tag("b"), ..PeerValue::default() })];
-    for (usage, left) in [(usage, PEER_ACROSS), (NEW, 0)] {
+    let flags = PEER_TAKES_NEW | PEER_ACROSS;
+    let held = [(key, PeerValue { flags, ifindex: 7, node: tag("b"), ..PeerValue::default() })];
+    for (usage, left) in [(usage, PEER_ACROSS), (NEW, 0), (apart, 0)] {
         assert_eq!(entries(&[], usage, &held, |_| true)[&key].flags, left);
     }
 }

@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::Config;
-use crate::net::sysctl;
 use crate::world::MapsHandle;
 
 /// What was last said.
@@ -11,8 +9,6 @@ use crate::world::MapsHandle;
 pub(super) struct Told {
     /// Which devices are accelerated, by name; of the others, why not.
     accelerated: BTreeMap<String, Option<String>>,
-    /// Whether packets to pods of this node go straight there.
-    direct: bool,
 }
 
 impl Told {
@@ -30,20 +26,5 @@ impl Told {
             tracing::info!(%device, "no longer accelerated");
         }
         self.accelerated = now;
-    }
-
-    /// Which way packets take to pods of this node, with one line in the log for each change.
-    pub(super) fn host_routing(&mut self, config: &Config) {
-        let direct = !config.services.legacy_host_routing;
-        if direct != std::mem::replace(&mut self.direct, direct) {
-            let way = if direct { "straight to their devices" } else { "by the host's stack" };
-            tracing::info!(%way, "packets to pods of this node");
-            if direct && sysctl::tracks_connections() {
-                tracing::warn!(
-                    "netfilter tracks connections here and sees only the pods' answers: where it masquerades them or \
-                     drops what is invalid, set enable-host-legacy-routing=true"
-                );
-            }
-        }
     }
 }
