@@ -11,10 +11,30 @@ struct Row {
     what: String,
     goal: &'static str,
     ours: String,
-    /// Whether the goal is met; none where the figure is only stated.
-    holds: Option<bool>,
+    verdict: Verdict,
     /// The same of others: who, and their figure.
     others: Vec<(String, String)>,
+}
+
+/// What a figure says of its goal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Holds,
+    /// Below it, but not by more than chance: the goal is in the interval of the figure.
+    Within,
+    Missed,
+    /// There is no goal.
+    Stated,
+}
+
+impl From<Option<bool>> for Verdict {
+    fn from(holds: Option<bool>) -> Self {
+        match holds {
+            Some(true) => Self::Holds,
+            Some(false) => Self::Missed,
+            None => Self::Stated,
+        }
+    }
 }
 
 static ROWS: Mutex<Vec<Row>> = Mutex::new(Vec::new());
@@ -24,8 +44,8 @@ fn rows() -> std::sync::MutexGuard<'static, Vec<Row>> {
 }
 
 /// Enters our figure.
-pub(crate) fn ours(what: &str, goal: &'static str, ours: String, holds: Option<bool>) {
-    rows().push(Row { what: what.into(), goal, ours, holds, others: Vec::new() });
+pub(crate) fn ours(what: &str, goal: &'static str, ours: String, verdict: impl Into<Verdict>) {
+    rows().push(Row { what: what.into(), goal, ours, verdict: verdict.into(), others: Vec::new() });
 }
 
 /// Enters somebody else's figure beside ours; none where we have none.
@@ -43,10 +63,11 @@ pub(crate) fn print() {
     }
     heading("The goals");
     for row in &*rows {
-        let verdict = match row.holds {
-            Some(true) => "holds",
-            Some(false) => "MISSED",
-            None => "stated",
+        let verdict = match row.verdict {
+            Verdict::Holds => "holds",
+            Verdict::Within => "within",
+            Verdict::Missed => "MISSED",
+            Verdict::Stated => "stated",
         };
         let others: Vec<_> = row.others.iter().map(|(who, figure)| format!("{who} {figure}")).collect();
         println!("{:<70} {:<12} {:<24} {verdict:<7} {}", row.what, row.goal, row.ours, others.join("; "));

@@ -40,6 +40,22 @@ pub(crate) fn median<T: PartialOrd + Copy>(samples: &[T]) -> T {
     quantile(samples, 0.5)
 }
 
+/// Between which samples the median of all that could have been taken is, with a certainty of 95 % at least: those of the
+/// ranks below and above which a fair coin falls as seldom. No distribution is assumed.
+pub(crate) fn interval<T: PartialOrd + Copy>(samples: &[T]) -> (T, T) {
+    let len = samples.len();
+    // Of so many throws, the chance of exactly `heads`, and of fewer than the next.
+    let (mut chance, mut fewer, mut heads) = (0.5_f64.powi(len as i32), 0.0, 0);
+    while fewer + chance <= 0.025 {
+        fewer += chance;
+        chance *= (len - heads) as f64 / (heads + 1) as f64;
+        heads += 1;
+    }
+    // Half a rank less, so that rounding makes no other rank of it.
+    let share = (heads.max(1) as f64 - 0.5) / len as f64;
+    (quantile(samples, share), quantile(samples, 1.0 - share))
+}
+
 pub(crate) fn ms(time: Duration) -> String {
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
 }
@@ -51,4 +67,18 @@ pub(crate) fn mib(bytes: u64) -> String {
 /// Median, and the smallest and largest.
 pub(crate) fn spread(samples: &[Duration]) -> String {
     format!("{} ({} to {})", ms(median(samples)), ms(quantile(samples, 0.0)), ms(quantile(samples, 1.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against tables of the sign test.
+    #[test]
+    fn the_interval_of_a_median_has_the_ranks_of_the_sign_test() {
+        for (len, low) in [(1, 1), (5, 1), (6, 1), (9, 2), (15, 4), (31, 10), (45, 16)] {
+            let samples: Vec<usize> = (1..=len).rev().collect();
+            assert_eq!(interval(&samples), (low, len + 1 - low), "of {len}");
+        }
+    }
 }

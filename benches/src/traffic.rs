@@ -12,7 +12,7 @@ use kinesin::lab::{Client, Pod};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::report::{line, median, quantile};
+use crate::report::{interval, line, median, quantile};
 
 /// The kernel's `TCP_TIMEWAIT_LEN`: ports that come again before it has passed are refused now and then (PAWS), each time for
 /// a second, whoever balances.
@@ -50,14 +50,21 @@ pub(crate) fn pin(pid: Pid, core: usize) -> anyhow::Result<()> {
 /// One kind of load for some time; how much of it arrived.
 pub(crate) type Load<'a> = &'a (dyn Fn(SocketAddr, Duration) -> anyhow::Result<u64> + Sync);
 
-/// Turns of `through` and `direct`; prints and returns the median of the ratios of neighbouring turns.
+/// The median of the ratios of neighbouring turns, and between what it is with a certainty of 95 %.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ratio {
+    pub(crate) median: f64,
+    pub(crate) between: (f64, f64),
+}
+
+/// Turns of `through` and `direct`; prints and returns the ratio of neighbouring turns.
 pub(crate) fn compare(
     client: &Client,
     what: &str,
     (through, direct): (SocketAddr, SocketAddr),
     load: Load<'_>,
     turns: usize,
-) -> anyhow::Result<f64> {
+) -> anyhow::Result<Ratio> {
     let turn = |to| -> anyhow::Result<f64> {
         let ports = if to == through { PORTS_THROUGH } else { PORTS_DIRECT };
         let load = || -> anyhow::Result<u64> {
@@ -83,13 +90,15 @@ pub(crate) fn compare(
         ratios.push(vip / pod);
         rates.push(pod);
     }
+    let ratio = Ratio { median: median(&ratios), between: interval(&ratios) };
     let figures = [
-        ("ratio", format!("{:.2}", median(&ratios))),
+        ("ratio", format!("{:.3}", ratio.median)),
+        ("95 %", format!("{:.3} to {:.3}", ratio.between.0, ratio.between.1)),
         ("quartiles", format!("{:.2} to {:.2}", quantile(&ratios, 0.25), quantile(&ratios, 0.75))),
         ("the pod itself", format!("{:.0}/s", median(&rates))),
     ];
     line(what, &figures);
-    Ok(median(&ratios))
+    Ok(ratio)
 }
 
 /// Several connections, each with one request under way; one thread, so that the servers have the other core.
