@@ -109,7 +109,7 @@ pub(super) static KEYS: &[KeyDef] = &[
         "enable-host-legacy-routing",
         "",
         Kind::OptionalBool(|c| &mut c.services.legacy_host_routing),
-        "Hand packets to pods of this node to the host's stack once they are translated, so that netfilter and whatever the pods' network is made of see them (`true`), or send them straight to the pod's end of its veth pair, and answers straight to the LAN (`false`; only for networks that neither filter nor masquerade what goes to their pods and comes from them). In a node that is a container, frames that are handed on to a neighbour then go straight to the other end of its device, too. Empty means straight exactly while nothing in the host's stack wants to see these packets: no rules of nftables or iptables for forwarded packets, no IPsec policy, and not through devices with tc programs of others; `kinesin status` says which way, and why.",
+        "Hand packets to pods of this node to the host's stack once they are translated, so that netfilter and whatever the pods' network is made of see them (`true`), or send them straight to the pod's end of its veth pair, and answers straight to the LAN (`false`; only for networks that neither filter nor masquerade what goes to their pods and comes from them). In a node that is a container, frames that are handed on to a neighbour then go straight to the other end of its device, too. Empty means straight exactly while nothing in the host's stack wants to see these packets: no rules of nftables or iptables for forwarded packets, no IPsec policy, and not through devices with tc programs of others; `kinesin status --verbose` says which way, and why.",
     ),
     live(
         SERVICES,
