@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use kinesin_abi::{
     DEVICE_ACROSS, DEVICE_POD, DEVICE_SERVED, DEVICE_XDP, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS,
-    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    SETTING_DIRECT_WATCHED, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
+    SETTING_REJECT_NO_BACKEND,
 };
 use kinesin_core::devices::Device;
 use kinesin_core::host_routing::HostRouting;
@@ -229,6 +230,7 @@ impl Loader {
             settings.flags = if reject { SETTING_REJECT_NO_BACKEND } else { 0 }
                 | if config.services.vip_ping { SETTING_ANSWER_PING } else { 0 }
                 | if routing.straight { SETTING_DIRECT_TO_PODS } else { 0 }
+                | if routing.said { 0 } else { SETTING_DIRECT_WATCHED }
                 | if config.services.protect_node_ports { SETTING_PROTECT_NODE_PORTS } else { 0 }
                 | if config.services.fragments4 { SETTING_FOLLOW_FRAGMENTS4 } else { 0 }
                 | if config.services.fragments6 { SETTING_FOLLOW_FRAGMENTS6 } else { 0 };

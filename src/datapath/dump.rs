@@ -7,10 +7,10 @@ use kinesin_abi::{
     DEVICE_ACROSS, DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, DEVICE_XDP, DROP_SLOTS, DeviceValue, DropCounter,
     DropReason, FLOW_DIRECT, FLOW_FROM_LAN, FLOW_HANDED_ON, FLOW_REDIRECT, FLOW_REPLY, FlowCount, FlowKey, FlowValue,
     FragmentKey, FragmentValue, FrontendKey, FrontendKind, FrontendValue, L2Key, L2Value, PEER_ACROSS, PEER_BY_ROUTE,
-    PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_FOLLOW_FRAGMENTS4,
-    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND, SOURCE_RANGE_BITS,
-    SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey, TCP_SEEN_ACK, TCP_SEEN_FIN,
-    TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
+    PEER_TAKES_NEW, PeerKey, PeerValue, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_DIRECT_WATCHED,
+    SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
+    SOURCE_RANGE_BITS, SOURCE_RANGE_DENY, SOURCE_RANGE_IPV6, Settings, SocketKey, SocketValue, SourceRangeKey,
+    TCP_SEEN_ACK, TCP_SEEN_FIN, TCP_SEEN_FIN_REPLY, TCP_SEEN_REPLY, TCP_SEEN_RST, frontend_flags, proto,
 };
 use kinesin_core::devices::mac_text;
 
@@ -175,6 +175,7 @@ fn settings(value: &Settings) -> String {
                 (SETTING_ANSWER_PING, "answer-ping"),
                 (SETTING_PROTECT_NODE_PORTS, "protect-node-ports"),
                 (SETTING_DIRECT_TO_PODS, "direct-to-pods"),
+                (SETTING_DIRECT_WATCHED, "direct-while-watched"),
                 (SETTING_FOLLOW_FRAGMENTS4, "fragments"),
                 (SETTING_FOLLOW_FRAGMENTS6, "fragments6"),
             ],

@@ -9,7 +9,8 @@ use std::time::Instant;
 use aya::maps::{PerCpuArray, PerCpuValues};
 use kinesin::datapath::MapStore;
 use kinesin_abi::{
-    DEVICE_ACROSS, DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, DeviceValue, SETTING_DIRECT_TO_PODS, Settings, proto,
+    DEVICE_ACROSS, DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, DeviceValue, SETTING_DIRECT_TO_PODS,
+    SETTING_DIRECT_WATCHED, Settings, WATCHED_FOR, proto,
 };
 use kinesin_core::trace::Verdict;
 
@@ -48,6 +49,7 @@ pub(crate) fn with_pod() -> Rig {
     rig
 }
 
+const SECOND: u64 = 1_000_000_000;
 const FROM: End = (CLIENT, 40_000);
 const TO: End = (VIP, TO_LOCAL);
 
@@ -136,6 +138,13 @@ fn whatever_only_the_stack_does_is_left_to_it() {
         rig.assert_goes(&packet, false);
         rig.maps.write_settings(&direct()).unwrap();
         rig.assert_goes(&packet, true);
+        // While somebody looks whether the stack is needed, and no longer.
+        let watched = Settings { flags: direct().flags | SETTING_DIRECT_WATCHED, ..direct() };
+        for (age, straight) in [(0, true), (WATCHED_FOR - SECOND, true), (WATCHED_FOR + SECOND, false)] {
+            rig.maps.write_settings(&Settings { alive_at: now() - age, ..watched }).unwrap();
+            rig.assert_goes(&packet, straight);
+        }
+        rig.maps.write_settings(&direct()).unwrap();
         // A host that does not forward.
         forwarding(false);
         rig.ask_again();

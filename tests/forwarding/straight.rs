@@ -68,11 +68,11 @@ async fn packets_to_pods_go_straight_or_by_the_stack_as_the_key_says_and_connect
     }
     rig.wait_for_host_routing(STRAIGHT).await;
     let again = rig.echoes(&mut streams, 20).await;
-    // Each echo is a segment each way, and an acknowledgement on the way there; the stack forwards what comes back.
+    // Each echo is a segment each way, and an acknowledgement on the way there.
     let echoes = streams.len() as u64 * 20;
     assert!(by_stack.forwarded >= echoes * 2, "{by_stack:?} of {echoes} echoes");
     for work in [straight, again] {
-        assert!(work.forwarded < by_stack.forwarded * 3 / 4, "{work:?}, {by_stack:?}");
+        assert!(work.forwarded < by_stack.forwarded / 10, "{work:?}, {by_stack:?}");
         // Two thirds of the connections are handed on, with two frames for each echo.
         assert!(work.sent + echoes / 4 < by_stack.sent, "{work:?}, {by_stack:?}");
     }

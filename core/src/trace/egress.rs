@@ -1,9 +1,7 @@
 //! Packets of the node itself and of its pods: straight from the pod's device, or the stack's way, and tc egress of the
 //! device that they leave by.
 
-use kinesin_abi::{
-    DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, FLOW_REDIRECT, FLOW_REPLY, FlowValue, SETTING_DIRECT_TO_PODS, proto,
-};
+use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, DEVICE_SERVED, FLOW_REDIRECT, FLOW_REPLY, FlowValue, proto};
 
 use super::flows::tuple;
 use super::ingress::program;
@@ -59,7 +57,7 @@ impl<V: View> Tracer<'_, V> {
         let (dst, v6) = (self.packet.dst, self.packet.dst.is_ipv6());
         let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
         let Some(src) = self.packet.src.filter(|_| ours) else { return Ok(None) };
-        if self.view.settings()?.flags & SETTING_DIRECT_TO_PODS == 0 {
+        if !self.view.settings()?.goes_straight(self.view.now()) {
             return Ok(None);
         }
         let Ok(pod) = self.view.route(&RouteQuery { dst: src, src: None, ingress: None })? else { return Ok(None) };

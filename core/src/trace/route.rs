@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD, SETTING_DIRECT_TO_PODS};
+use kinesin_abi::{DEVICE_ETHERNET, DEVICE_POD};
 use serde::{Deserialize, Serialize};
 
 use super::{Step, Tracer, Tuple, Verdict, View};
@@ -70,7 +70,7 @@ impl<V: View> Tracer<'_, V> {
     /// To a pod of this node: straight to its device where the settings, the device and the neighbour table allow that, else
     /// by the host's stack.
     pub(super) fn local_way(&self, ingress: u32, to: Tuple) -> Result<(Step, Verdict), V::Error> {
-        if self.view.settings()?.flags & SETTING_DIRECT_TO_PODS != 0
+        if self.view.settings()?.goes_straight(self.view.now())
             && self.on_ethernet(ingress)?
             && let Fib::Hop(hop) = self.fib(ingress, to.src, to.dst)?
             && hop.is_known()

@@ -64,6 +64,13 @@ impl Settings {
         self.alive_at != 0 && now.saturating_sub(self.alive_at) <= self.alive_for
     }
 
+    /// Whether packets to pods of this node, and their answers, pass the host's stack by at a time of CLOCK_MONOTONIC.
+    #[inline(always)]
+    pub const fn goes_straight(&self, now: u64) -> bool {
+        let watched = self.alive_at != 0 && now.saturating_sub(self.alive_at) <= WATCHED_FOR;
+        self.flags & SETTING_DIRECT_TO_PODS != 0 && (self.flags & SETTING_DIRECT_WATCHED == 0 || watched)
+    }
+
     /// First source port for translated connections, and how many there are; none where there is no usable range.
     #[inline(always)]
     pub const fn snat_ports(&self) -> (u32, u32) {
@@ -103,6 +110,12 @@ pub const SETTING_PROTECT_NODE_PORTS: u32 = 4;
 
 /// Packets to backends of this node go straight to their pod's device, where that is a [`DEVICE_POD`].
 pub const SETTING_DIRECT_TO_PODS: u32 = 8;
+
+/// That only while the agent lives, who looks whether somebody in the host's stack wants to see them.
+pub const SETTING_DIRECT_WATCHED: u32 = 16;
+
+/// For how long after the agent's last sign of life that holds, in nanoseconds: longer than a restart takes.
+pub const WATCHED_FOR: u64 = 30_000_000_000;
 
 /// Value of the devices hash (key: ifindex, `u32`): a device that the programs are attached to or may send from.
 #[repr(C)]

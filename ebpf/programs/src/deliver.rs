@@ -12,7 +12,7 @@ use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_UNSPEC},
     helpers::generated as h,
 };
-use kinesin_abi::{DEVICE_POD, SETTING_DIRECT_TO_PODS};
+use kinesin_abi::DEVICE_POD;
 
 use crate::{
     family::Family,
@@ -44,9 +44,9 @@ fn apart<F: Family>(skb: Skb) -> i32 {
 /// 1 where the packet is on its way.
 #[inline(always)]
 fn send<F: Family>(skb: Skb, packet: &mut Packet) -> u32 {
-    let direct = lookup::settings().is_some_and(|settings| settings.flags & SETTING_DIRECT_TO_PODS != 0);
     let service = packet.flow.dst;
-    if !direct || packet.ttl <= 1 || !F::read_again(skb, packet) || F::same(&service, &packet.flow.dst) {
+    if !lookup::goes_straight() || packet.ttl <= 1 || !F::read_again(skb, packet) || F::same(&service, &packet.flow.dst)
+    {
         return 0;
     }
     let Some(way) = ways::find::<F>(skb, packet, DEVICE_POD) else { return 0 };

@@ -8,7 +8,7 @@
 //! Deliberately absent: packets that answer nobody, which are the pods' network's.
 
 use aya_ebpf::{bindings::TC_ACT_REDIRECT, helpers::generated as h};
-use kinesin_abi::{DEVICE_ACROSS, DEVICE_SERVED, DropReason, FLOW_REDIRECT, FLOW_REPLY, SETTING_DIRECT_TO_PODS};
+use kinesin_abi::{DEVICE_ACROSS, DEVICE_SERVED, DropReason, FLOW_REDIRECT, FLOW_REPLY};
 
 use crate::{
     family::Family,
@@ -26,8 +26,7 @@ use crate::{
 /// A packet of a pod of this node, as it comes in by our end of its veth pair.
 #[inline(always)]
 pub fn from_container<F: Family>(skb: Skb, link: u32) -> Result<Verdict, DropReason> {
-    let direct = lookup::settings().is_some_and(|settings| settings.flags & SETTING_DIRECT_TO_PODS != 0);
-    if !direct || skb.protocol() != F::ETHERTYPE || skb.packet_type() != TO_US {
+    if !lookup::goes_straight() || skb.protocol() != F::ETHERTYPE || skb.packet_type() != TO_US {
         return Ok(Verdict::PASS);
     }
     let Some(packet) = lookup::scratch() else { return Ok(Verdict::PASS) };

@@ -228,6 +228,12 @@ pub fn agent_alive() -> bool {
     settings().is_some_and(|settings| settings.is_alive(now()))
 }
 
+/// Whether packets to pods of this node and their answers pass the host's stack by.
+#[inline(always)]
+pub fn goes_straight() -> bool {
+    settings().is_some_and(|settings| settings.goes_straight(now()))
+}
+
 /// Whether the address is the device's own.
 #[inline(always)]
 pub fn is_own<F: Family>(addr: &Addr, ifindex: u32) -> bool {
