@@ -2,6 +2,7 @@
 //!
 //! Deliberately absent: methods that change anything.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -52,6 +53,8 @@ pub struct World {
     pub host_routing: Level<HostRouting>,
     /// Written by loader: the maps, which may still be without programs.
     pub tables: Level<TablesHandle>,
+    /// Written by loader: ids of its programs, before they are attached.
+    pub programs: Level<BTreeSet<u32>>,
     /// Written by loader: the maps with programs, and what is attached where.
     pub maps: Level<MapsHandle>,
     /// Written by flow_collector: what its last pass found.
@@ -99,6 +102,7 @@ impl World {
             devices: Level::default(),
             host_routing: Level::default(),
             tables: Level::default(),
+            programs: Level::default(),
             maps: Level::default(),
             connections: Level::default(),
             compiled: Table::default(),

@@ -4,7 +4,7 @@
 //! reserves NodePorts
 //! hears: changes of the node's devices, of the configuration and of the way to pods, the clock for comparing them and the
 //! hooks with what is there, and for trying again what failed
-//! says: the tables level: the maps, which can be filled while the kernel still verifies the programs; the maps level: the
+//! says: which programs are ours; the tables level: the maps, which can be filled while the kernel still verifies the programs; the maps level: the
 //! same maps with programs, and what is attached where
 //! restart story: loads again, adopts the pinned maps and replaces the program of each pinned link in place, so that no
 //! packet meets an empty hook
@@ -119,6 +119,7 @@ impl Actor for Loader {
         let mut taken = 0;
         if !self.loaded.programs {
             self.loaded.load_programs(self.options.cgroup.clone()).await?;
+            self.world.programs.set(self.loaded.datapath().program_ids());
         }
         match message {
             LoaderMsg::Wake => {}
@@ -178,6 +179,7 @@ impl Loader {
             Ok(loaded) => {
                 tracing::info!("maps and programs were made anew");
                 (self.loaded, self.options) = (loaded, options);
+                self.world.programs.set(self.loaded.datapath().program_ids());
                 self.attached.clear();
                 self.world.problems.clear("loader");
             }
@@ -296,11 +298,11 @@ impl Loader {
         let value = |device: &Device| {
             let mut value = device_value(device);
             value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
-            let foreign = routing.foreign.contains(&device.ifindex);
-            value.flags |= if devices.is_of_pod(device) && !foreign { DEVICE_POD } else { 0 };
+            let through = routing.goes_straight(device.ifindex);
+            value.flags |= if through && devices.is_of_pod(device) { DEVICE_POD } else { 0 };
             let served = devices.selected.contains(&device.ifindex) && device.mac.is_some();
             value.flags |= if served { DEVICE_SERVED } else { 0 };
-            value.flags |= if served && device.leads_across() && !foreign { DEVICE_ACROSS } else { 0 };
+            value.flags |= if through && served && device.leads_across() { DEVICE_ACROSS } else { 0 };
             (device.ifindex, value)
         };
         let room = self.options.sizes.devices as usize;

@@ -1,7 +1,7 @@
 //! Decides which way packets take to pods of this node: straight to their devices, or by the host's stack.
 //!
 //! owns: the questions to netfilter, IPsec and the hooks of devices
-//! hears: devices, the configuration, changes of nftables, the clock for what changes without a word
+//! hears: devices, the configuration, which programs are ours, changes of nftables, the clock for what changes without a word
 //! says: the host_routing level: which way, why, and through which devices not
 //! restart story: looks anew; what was said last stays until then
 //!
@@ -10,6 +10,7 @@
 
 mod sight;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kinesin_core::host_routing::{HostRouting, Seen, decide};
@@ -25,7 +26,7 @@ use crate::world::{Devices, World};
 
 /// What the watcher hears.
 pub enum StackWatcherMsg {
-    /// Devices or configuration changed.
+    /// Devices, configuration or our programs changed.
     Wake,
     /// Rules of nftables changed.
     Rules,
@@ -54,6 +55,7 @@ pub struct StackWatcher {
     me: Address<StackWatcherMsg>,
     devices: Follower<Devices>,
     config: Follower<Config>,
+    programs: Follower<BTreeSet<u32>>,
     /// While it is ours to find out.
     watch: Option<Watch>,
     /// What was last said in the log.
@@ -68,7 +70,8 @@ impl Actor for StackWatcher {
         let wake = me.waker(|| StackWatcherMsg::Wake);
         let mut watcher = Self {
             devices: world.devices.follow(wake.clone()),
-            config: world.config.follow(wake),
+            config: world.config.follow(wake.clone()),
+            programs: world.programs.follow(wake),
             watch: None,
             told: None,
             me,
@@ -88,8 +91,7 @@ impl Actor for StackWatcher {
 impl StackWatcher {
     /// Looks, where that is ours to do, and publishes what is decided; nothing before devices are known.
     fn follow(&mut self) {
-        let (devices, config) = (self.devices.changed(), self.config.changed());
-        drop((devices, config));
+        drop((self.devices.changed(), self.config.changed(), self.programs.changed()));
         let said = self.world.config().services.legacy_host_routing;
         let seen = if said.is_some() {
             self.watch = None;
@@ -97,7 +99,8 @@ impl StackWatcher {
         } else {
             let Some(devices) = self.world.devices.get() else { return };
             let watch = self.watch.get_or_insert_with(|| Watch::begin(self.me.clone()));
-            let seen = watch.sight.look(&devices);
+            let ours = self.world.programs.get().map(|ours| (*ours).clone()).unwrap_or_default();
+            let seen = Seen { ours, ..watch.sight.look(&devices) };
             watch.timer = Some(self.me.cast_after(PERIOD, StackWatcherMsg::Look));
             seen
         };

@@ -1,6 +1,6 @@
 //! Loading the programs and their maps. Attaching them is in `hooks`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +22,7 @@ use super::moving::{Moving, has_connections};
 use super::object::{with_exact_clock, with_maglev_size};
 use super::options::{LoadError, LoadOptions};
 use super::pin::{self, Migration, Pinned, Shape};
-use super::pods::PodHooks;
+use super::pods::{CONTAINER, PodHooks};
 use super::{MapStore, TABLES, sys};
 use crate::sync::lock;
 
@@ -183,7 +183,9 @@ impl Datapath {
         let devices =
             Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| *place != Place::Xdp && self.has(*place));
         // The largest first, so that none of them begins last.
-        let wanted: Vec<_> = devices.map(|(_, program)| program).chain(SOCKETS.map(|(program, _)| program)).collect();
+        let pods = CONTAINER.into_iter().take(if self.options.ipv6 { 2 } else { 1 });
+        let wanted: Vec<_> =
+            devices.map(|(_, program)| program).chain(pods).chain(SOCKETS.map(|(program, _)| program)).collect();
         let mut programs: Vec<_> = self.ebpf.programs_mut().filter(|(name, _)| wanted.contains(name)).collect();
         programs.sort_by_key(|(name, _)| wanted.iter().position(|wanted| wanted == name));
         let missing = wanted.iter().filter(|name| programs.iter().all(|(there, _)| there != *name));
@@ -219,6 +221,11 @@ impl Datapath {
         if let Err(why) = result {
             self.refused.insert(name.to_owned(), why);
         }
+    }
+
+    /// Ids of the programs that are loaded.
+    pub fn program_ids(&self) -> BTreeSet<u32> {
+        self.ebpf.programs().filter_map(|(_, program)| Some(program.info().ok()?.id())).collect()
     }
 
     /// The maps, for as long as somebody wants them.

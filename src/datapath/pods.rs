@@ -43,9 +43,6 @@ impl Datapath {
             return;
         }
         for program in CONTAINER.into_iter().take(if self.options.ipv6 { 2 } else { 1 }) {
-            if !self.refused.contains_key(program) {
-                self.load_program(program);
-            }
             let attached = self.program_fd(program).and_then(|fd| self.pods.attach(program, fd.as_fd(), devices));
             let status = attached.map(|there| there.then_some(Attachment::Tcx)).transpose();
             self.pods.status.extend(status.map(|status| HookStatus::new(program, PLACE.into(), status)));

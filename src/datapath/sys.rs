@@ -19,7 +19,6 @@ pub(crate) enum Command {
     NextKey = 4,
     ObjPin = 6,
     ObjGet = 7,
-    ProgFdById = 13,
     MapFdById = 14,
     InfoByFd = 15,
     ProgQuery = 16,
@@ -262,22 +261,6 @@ pub(crate) fn programs_at(target: u32, attach_type: u32) -> io::Result<Vec<u32>>
         Err(error) if error.raw_os_error() != Some(libc::ENOSPC) => Err(error),
         _ => Ok(ids.into_iter().take(attr.count as usize).collect()),
     }
-}
-
-/// `struct bpf_prog_info` up to the name.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct ProgramInfo {
-    before: [u64; 8],
-    name: [u8; 16],
-}
-
-/// The name of a program, at most 15 characters of it.
-pub(crate) fn program_name(id: u32) -> io::Result<String> {
-    let program = call(Command::ProgFdById, &mut IdAttr { id, ..Default::default() }).map(owned)?;
-    let info: ProgramInfo = info(program.as_fd())?;
-    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
-    Ok(String::from_utf8_lossy(name).into_owned())
 }
 
 /// Reads an element into `value`, which must have room for what the kernel copies.

@@ -145,10 +145,9 @@ fn every_table_is_dumped_for_people() {
         find("slots", "12 = 12");
         find("backends", "1 = 10.42.1.5:8080/TCP active local");
         find("maglev", "1 = 16381 entries, backends [1, 2]");
-        let becomes =
-            "192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080 backend=2 redirect,lan";
-        find("flows", &format!("TCP {becomes}"));
-        find("transient", &format!("UDP {becomes}"));
+        let becomes = "192.168.1.50:61500 -> 10.0.0.100:81 = 192.168.1.10:61500 -> 10.42.2.5:8080";
+        find("flows", &format!("TCP {becomes} backend=2 redirect,lan"));
+        find("transient", &format!("UDP {becomes} backend=12 redirect,lan"));
         find("l2", "10.0.0.100 dev 2 = responses-sent=0");
         find("devices", "02:00:00:00:00:10 192.168.1.10");
         find("settings", "reject-no-backend,answer-ping,fragments,fragments6 snat=61000-65000");

@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use kinesin_abi::{DropReason, FLOW_DIRECT, FLOW_HANDED_ON, FLOW_REDIRECT, frontend_flags, proto};
+use kinesin_abi::{DropReason, FLOW_DIRECT, FLOW_HANDED_ON, FLOW_REDIRECT, frontend_flags, proto, tcp_established};
 
 use crate::flows::{count, entries, forget_all};
 use crate::packets::{ACK, FIN, IP, SYN, checksum, ends, ipv4, packet, seal_ip, tcp, ttl, udp};
@@ -109,10 +109,11 @@ fn what_says_its_service_is_noted_and_answered_as_that_service() {
             assert!(flow.flags & FLOW_DIRECT != 0);
             assert!(flows.iter().any(|(other, _)| *other == flow.partner_key(key)), "{key:?} has no partner");
         }
-        // An established connection moves to where nothing is forgotten, both halves of it.
+        // An established connection is where nothing is forgotten, both halves of it.
         let more = tcp(client, pod, ACK);
         assert_eq!(rig.ingress(&more), (NEXT, more.clone()));
-        assert_eq!(count(&rig, "flows"), 2);
+        assert_eq!(count(&rig, "flows"), 4);
+        assert_eq!(entries(&rig).iter().filter(|(_, flow)| tcp_established(flow.tcp)).count(), 2);
         assert_eq!(ends(&rig.egress(&tcp(pod, client, ACK)).1), ((VIP, TO_LOCAL), client));
         // Its ends are seen on both sides.
         rig.ingress(&tcp(client, pod, FIN | ACK));

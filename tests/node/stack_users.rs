@@ -132,13 +132,13 @@ fn filters_and_programs_at_devices_are_found() {
             let index = |name: &str| nix::net::if_::if_nametoindex(name).unwrap();
             let found: Vec<u32> = qdiscs::with_filters().unwrap().into_iter().collect();
             assert_eq!(found, [index("d2"), index("d3")]);
-            assert!(programs_at(index("d1")).unwrap().is_none_or(|names| names.is_empty()));
-            assert!(programs_at(9999).unwrap().is_none_or(|names| names.is_empty()), "one that has gone");
+            assert!(programs_at(index("d1")).unwrap().is_none_or(|ids| ids.is_empty()));
+            assert!(programs_at(9999).unwrap().is_none_or(|ids| ids.is_empty()), "one that has gone");
             if bpf::has_tcx() {
                 let program = Foreign::load(bpf::SCHED_CLS, 0, bpf::NEXT);
                 for hook in [bpf::TCX_INGRESS, bpf::TCX_EGRESS] {
                     program.attach(index("d1"), hook, 0).unwrap();
-                    assert_eq!(programs_at(index("d1")).unwrap().unwrap(), ["foreign"]);
+                    assert_eq!(programs_at(index("d1")).unwrap().unwrap(), [program.id]);
                     program.detach(index("d1"), hook);
                 }
             }

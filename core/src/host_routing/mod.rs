@@ -8,10 +8,6 @@ mod tests;
 
 use std::collections::BTreeSet;
 
-/// How the names of our programs at devices to the LAN begin, and of those at pods' devices, as the kernel shortens them.
-const OURS: &str = "cil_";
-const OURS_AT_PODS: &str = "cil_from_cont";
-
 /// The address family of a table of nftables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -122,19 +118,15 @@ pub struct Through {
     pub to: LeadsTo,
     /// A qdisc that holds filters (`clsact`, `ingress`).
     pub filters: bool,
-    /// Names of the programs at its tcx hooks, at most 15 characters of each; empty where there is no name.
-    pub programs: Vec<String>,
+    /// Ids of the programs at its tcx hooks.
+    pub programs: Vec<u32>,
 }
 
 impl Through {
-    /// Whether somebody else's programs are to see what goes through. To the LAN, ours are there, and the qdisc of older
-    /// kernels too.
-    fn is_foreign(&self) -> bool {
-        let foreign = |ours: &str| self.programs.iter().any(|name| !name.starts_with(ours));
-        match self.to {
-            LeadsTo::Pod => self.filters || foreign(OURS_AT_PODS),
-            LeadsTo::Lan => foreign(OURS),
-        }
+    /// Whether nobody else's programs are to see what goes through. To the LAN, our own qdisc of older kernels is there.
+    fn is_clear(&self, ours: &BTreeSet<u32>) -> bool {
+        let filters = self.filters && self.to == LeadsTo::Pod;
+        !filters && self.programs.iter().all(|id| ours.contains(id))
     }
 }
 
@@ -151,6 +143,8 @@ pub struct Seen {
     pub unclear: Vec<String>,
     /// Devices that packets could go straight through.
     pub devices: Vec<Through>,
+    /// Ids of our own programs.
+    pub ours: BTreeSet<u32>,
 }
 
 impl Seen {
@@ -175,14 +169,15 @@ pub struct HostRouting {
     pub said: bool,
     /// Why by the stack, where that was found out.
     pub why: Option<String>,
-    /// Devices through which they go by the stack all the same: somebody else's tc programs are there.
-    pub foreign: BTreeSet<u32>,
+    /// The devices through which they do, where that was found out: at the others are somebody else's tc programs, or nobody
+    /// has looked yet.
+    pub clear: BTreeSet<u32>,
 }
 
 impl HostRouting {
     /// Whether packets go straight through this device, if it leads somewhere.
     pub fn goes_straight(&self, ifindex: u32) -> bool {
-        self.straight && !self.foreign.contains(&ifindex)
+        self.straight && (self.said || self.clear.contains(&ifindex))
     }
 }
 
@@ -194,6 +189,6 @@ pub fn decide(legacy: Option<bool>, seen: &Seen) -> HostRouting {
     if let Some(why) = seen.needs_stack() {
         return HostRouting { why: Some(why), ..HostRouting::default() };
     }
-    let foreign = seen.devices.iter().filter(|device| device.is_foreign()).map(|device| device.ifindex).collect();
-    HostRouting { straight: true, foreign, ..HostRouting::default() }
+    let clear = seen.devices.iter().filter(|device| device.is_clear(&seen.ours)).map(|device| device.ifindex).collect();
+    HostRouting { straight: true, clear, ..HostRouting::default() }
 }

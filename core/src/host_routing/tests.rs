@@ -82,25 +82,23 @@ fn legacy_tables_ipsec_and_what_cannot_be_told_go_by_the_stack() {
 
 #[test]
 fn devices_with_programs_of_others_are_passed_by_the_stack_and_the_rest_is_not() {
-    let device = |ifindex, to, filters, programs: &[&str]| Through {
-        ifindex,
-        to,
-        filters,
-        programs: programs.iter().map(ToString::to_string).collect(),
-    };
+    const OURS: u32 = 70;
+    const ALSO_OURS: u32 = 71;
+    const SOMEBODYS: u32 = 9;
+    let device = |ifindex, to, filters, programs: &[u32]| Through { ifindex, to, filters, programs: programs.to_vec() };
     let devices = vec![
         device(1, LeadsTo::Pod, false, &[]),
         device(2, LeadsTo::Pod, true, &[]),
-        device(3, LeadsTo::Pod, false, &["cil_from_contai", "cil_from_contai"]),
-        device(4, LeadsTo::Pod, false, &["cil_from_contai", "shaper"]),
-        device(5, LeadsTo::Pod, false, &["cil_from_netdev"]),
-        device(6, LeadsTo::Pod, false, &[""]),
-        device(7, LeadsTo::Lan, true, &["cil_from_netdev", "cil_to_netdev6"]),
-        device(8, LeadsTo::Lan, false, &["cil_from_netdev", "capture"]),
+        device(3, LeadsTo::Pod, false, &[OURS, ALSO_OURS]),
+        device(4, LeadsTo::Pod, false, &[OURS, SOMEBODYS]),
+        device(5, LeadsTo::Pod, true, &[OURS]),
+        device(6, LeadsTo::Lan, true, &[OURS, ALSO_OURS]),
+        device(7, LeadsTo::Lan, false, &[OURS, SOMEBODYS]),
     ];
-    let routing = decide(None, &Seen { devices, ..Seen::default() });
-    assert_eq!(routing.foreign, BTreeSet::from([2, 4, 5, 6, 8]));
+    let routing = decide(None, &Seen { devices, ours: BTreeSet::from([OURS, ALSO_OURS]), ..Seen::default() });
+    // One that nobody has looked at yet is not gone through either.
     let straight: Vec<u32> = (1..=8).filter(|ifindex| routing.goes_straight(*ifindex)).collect();
-    assert_eq!(straight, [1, 3, 7]);
+    assert_eq!(straight, [1, 3, 6]);
     assert!(!HostRouting::default().goes_straight(1));
+    assert!(decide(Some(false), &Seen::default()).goes_straight(8));
 }

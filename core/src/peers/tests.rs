@@ -2,7 +2,7 @@ use super::*;
 
 const HERE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const THERE: [u8; 6] = [2, 0, 0, 0, 0, 2];
-static BY_STACK: HostRouting = HostRouting { straight: false, said: false, why: None, foreign: BTreeSet::new() };
+static BY_STACK: HostRouting = HostRouting { straight: false, said: false, why: None, clear: BTreeSet::new() };
 const NEW: Usage<'static> = Usage { new: true, routing: &BY_STACK };
 
 fn net(text: &str) -> IpNet {
@@ -106,10 +106,11 @@ fn a_peer_that_leaves_keeps_its_connections_and_gets_no_new_ones_until_its_node_
 #[test]
 fn frames_go_across_a_pair_only_where_that_is_asked_for_and_can_be() {
     let pair = Device { kind: "veth".into(), reaches_out: true, qdisc: "noqueue".into(), ..device() };
-    let straight = HostRouting { straight: true, ..HostRouting::default() };
+    let straight = HostRouting { straight: true, said: true, ..HostRouting::default() };
     let usage = Usage { new: true, routing: &straight };
-    let foreign = HostRouting { foreign: BTreeSet::from([7]), ..straight.clone() };
-    let apart = Usage { new: true, routing: &foreign };
+    // Nobody says so, and nobody has looked at the device.
+    let unseen = HostRouting { said: false, ..straight.clone() };
+    let apart = Usage { new: true, routing: &unseen };
     let flags = |device: &Device, usage| {
         let links = [link("10.0.0.12/24")];
         let peers = judge("a", &[device], &members(&[("b", &links)]), &[neighbour(THERE)], &near());

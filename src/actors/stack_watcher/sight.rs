@@ -17,8 +17,8 @@ const TURN: usize = 32;
 #[derive(Default)]
 pub(super) struct Sight {
     users: StackUsers,
-    /// Names of programs by device; all empty where the kernel has no tcx.
-    programs: BTreeMap<u32, Vec<String>>,
+    /// Ids of programs by device; all empty where the kernel has no tcx.
+    programs: BTreeMap<u32, Vec<u32>>,
     no_tcx: bool,
     /// The device that was asked for last.
     last: u32,
