@@ -111,7 +111,7 @@ impl KernelMaps {
         let table = self.table("counts");
         let value = table.get(bytes_of(&(what as u32))).map_err(self.failed("counts", "read"))?;
         let value = value.unwrap_or_else(|| vec![0; table.value]);
-        Ok(value.chunks_exact(8).filter_map(|count| Some(u64::from_ne_bytes(*count.first_chunk()?))).collect())
+        Ok(value.as_chunks().0.iter().map(|count| u64::from_ne_bytes(*count)).collect())
     }
 
     /// Bases and bytes of the Maglev tables; the kernel gives out ids of the inner maps.

@@ -37,14 +37,14 @@ fn with_connections(flags: u16) -> Rig {
 }
 
 impl Rig {
-    fn from_pod(&mut self, packet: &[u8]) -> (i32, Vec<u8>) {
+    fn leave_pod(&mut self, packet: &[u8]) -> (i32, Vec<u8>) {
         self.run_on("cil_from_container", &sent_by_pod(packet), ifindex("pod0"))
     }
 
     /// The answer goes straight to the LAN, or untouched to the stack.
     #[track_caller]
     fn assert_leaves(&mut self, answer: &[u8], straight: bool) {
-        let (code, out) = self.from_pod(answer);
+        let (code, out) = self.leave_pod(answer);
         if straight {
             assert_eq!((code, ttl(&out), ends(&out)), (REDIRECT, ttl(answer) - 1, (TO, FROM)));
         } else {
@@ -66,7 +66,7 @@ fn answers_have_the_services_address_and_one_hop_less() {
         // Into the other end, as a frame for the client; once a second by the neighbour table, which makes the frame later.
         let answer = tcp(POD, FROM, ACK);
         let frame = [CLIENT_MAC, NODE_MAC].concat();
-        let frames = (0..3).map(|_| rig.from_pod(&answer).1[..12] == frame[..]);
+        let frames = (0..3).map(|_| rig.leave_pod(&answer).1[..12] == frame[..]);
         assert!(frames.filter(|is| *is).count() >= 2);
 
         rig.ingress6(&tcp6((CLIENT6, 40_000), (VIP6, TO_LOCAL), SYN));
@@ -90,7 +90,7 @@ fn what_answers_nobody_is_left_alone() {
             udp((LOCAL_POD, 1), FROM, b""),
             tcp(FROM, TO, ACK),
         ] {
-            let (code, out) = rig.from_pod(&packet);
+            let (code, out) = rig.leave_pod(&packet);
             assert_eq!((code, out), (NEXT, sent_by_pod(&packet)));
         }
     });

@@ -17,6 +17,14 @@ struct Work {
 }
 
 impl Rig {
+    /// Whether a node's programs for answers are at its pods' devices, and how.
+    async fn pod_hooks(&self, number: usize) -> Vec<(String, bool)> {
+        let (_, status) = self.agent(number).get("/v1/status").await.unwrap();
+        let status: kinesin::admin::views::StatusView = serde_json::from_str(&status).unwrap();
+        let hooks = status.hooks.into_iter().filter(|hook| hook.program.starts_with("cil_from_container"));
+        hooks.map(|hook| (hook.target, hook.ok)).collect()
+    }
+
     /// Waits until every node says so of the way to its pods.
     async fn wait_for_host_routing(&self, says: &str) {
         for number in 1..=3 {
@@ -58,10 +66,12 @@ async fn packets_to_pods_go_straight_or_by_the_stack_as_the_key_says_and_connect
     let seen = rig.seen(rig.lab.client().netns(), &vip_url(), &[1, 2, 3]).await;
     (1..=3).for_each(|node| assert_seen(&seen, node, client()));
     let straight = rig.echoes(&mut streams, 20).await;
+    assert_eq!(rig.pod_hooks(owner).await, [("pods ingress".to_owned(), true)]);
     for node in rig.lab.nodes() {
         node.set_config(KEY, "true").unwrap();
     }
     rig.wait_for_host_routing("Legacy").await;
+    eventually("nothing of ours is at pods' devices", async || rig.pod_hooks(owner).await.is_empty()).await;
     let by_stack = rig.echoes(&mut streams, 20).await;
     for node in rig.lab.nodes() {
         node.set_config(KEY, "false").unwrap();
