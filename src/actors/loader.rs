@@ -11,6 +11,7 @@
 //!
 //! Deliberately absent: detaching on stop. The pinned links carry the traffic while no agent runs.
 
+mod devices;
 mod load;
 mod told;
 
@@ -18,18 +19,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kinesin_abi::{
-    DEVICE_ACROSS, DEVICE_POD, DEVICE_SERVED, DEVICE_XDP, SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS,
-    SETTING_DIRECT_WATCHED, SETTING_FOLLOW_FRAGMENTS4, SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS,
-    SETTING_REJECT_NO_BACKEND,
+    SETTING_ANSWER_PING, SETTING_DIRECT_TO_PODS, SETTING_DIRECT_WATCHED, SETTING_FOLLOW_FRAGMENTS4,
+    SETTING_FOLLOW_FRAGMENTS6, SETTING_PROTECT_NODE_PORTS, SETTING_REJECT_NO_BACKEND,
 };
-use kinesin_core::devices::Device;
 use kinesin_core::host_routing::HostRouting;
 use kinesin_core::maglev::HashSeed;
 use kinesin_core::plan::Limits;
 use metrics::counter;
 use smol_str::SmolStr;
 
-use self::load::{Loaded, Options, acceleration, device_value, most_needed, open};
+use self::load::{Loaded, Options, acceleration, open};
 use self::told::Told;
 use crate::actor::{Actor, Failure};
 use crate::address::{Address, Label, Timer};
@@ -257,76 +256,6 @@ impl Loader {
             None
         };
         self.world.problems.set("node-ports", problems.into_iter().collect());
-    }
-
-    /// Returns how many entries of the devices map were written or deleted.
-    fn follow_devices(&mut self, devices: &Devices) -> Result<usize, Failure> {
-        let written = self.write_devices(devices)?;
-        let wanted: BTreeMap<_, _> = devices.selected().map(|device| (device.ifindex, device.name.clone())).collect();
-        for (ifindex, name) in self.attached.iter().filter(|(ifindex, _)| !wanted.contains_key(ifindex)) {
-            match self.loaded.datapath().detach_device(name, *ifindex) {
-                Ok(()) => tracing::info!(device = %name, "programs detached"),
-                Err(error) => tracing::error!(device = %name, %error, "programs not detached"),
-            }
-        }
-        for (ifindex, name) in &wanted {
-            if self.attached.get(ifindex) == Some(name) {
-                continue;
-            }
-            match self.loaded.datapath().attach_device(name, *ifindex) {
-                Ok(hooks) if hooks.are_ok() => {
-                    tracing::info!(device = %name, "programs attached")
-                }
-                Ok(_) => tracing::error!(device = %name, "programs attached in part; see kinesin status"),
-                // One device must not take the others down (R34); the hook's status carries the error.
-                Err(error) => tracing::error!(device = %name, %error, "programs not attached"),
-            }
-        }
-        self.attached = wanted;
-        let routing = self.world.host_routing();
-        let pods = devices.pods().map(|device| device.ifindex).filter(|ifindex| routing.goes_straight(*ifindex));
-        self.loaded.datapath().follow_pods(&pods.collect());
-        // Only now is it known which drivers send what they are handed; that is news, not a difference.
-        self.driven = self.loaded.datapath().accelerated();
-        self.write_devices(devices)?;
-        Ok(written)
-    }
-
-    /// Returns how many entries of the devices map were written or deleted.
-    fn write_devices(&self, devices: &Devices) -> Result<usize, Failure> {
-        let routing = self.world.host_routing();
-        let value = |device: &Device| {
-            let mut value = device_value(device);
-            value.flags |= if self.driven.contains(&device.ifindex) { DEVICE_XDP } else { 0 };
-            let through = routing.goes_straight(device.ifindex);
-            value.flags |= if through && devices.is_of_pod(device) { DEVICE_POD } else { 0 };
-            let served = devices.selected.contains(&device.ifindex) && device.mac.is_some();
-            value.flags |= if served { DEVICE_SERVED } else { 0 };
-            value.flags |= if through && served && device.leads_across() { DEVICE_ACROSS } else { 0 };
-            (device.ifindex, value)
-        };
-        let room = self.options.sizes.devices as usize;
-        let fitting = most_needed(devices, room);
-        let left_out = devices.all.len() - fitting.len();
-        let problem = || {
-            format!(
-                "{left_out} devices are not in the map, which holds {room}: packets to pods behind them go by the host's stack"
-            )
-        };
-        self.world.problems.set("devices-map", (left_out > 0).then(problem).into_iter().collect());
-        let values: BTreeMap<_, _> = fitting.into_iter().map(value).collect();
-        let before: BTreeMap<_, _> = self.loaded.store.read_devices()?.into_iter().collect();
-        let mut written = 0;
-        // First, so that there is room.
-        for ifindex in before.keys().filter(|ifindex| !values.contains_key(ifindex)) {
-            self.loaded.store.delete_device(*ifindex)?;
-            written += 1;
-        }
-        for (ifindex, value) in values.iter().filter(|(ifindex, value)| before.get(ifindex) != Some(value)) {
-            self.loaded.store.put_device(*ifindex, value)?;
-            written += 1;
-        }
-        Ok(written)
     }
 
     /// Tries again later while something fails, less and less often.

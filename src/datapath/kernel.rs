@@ -55,12 +55,12 @@ impl KernelMaps {
         Ok(self.table(table_name(table)?).fd())
     }
 
-    fn table(&self, name: &'static str) -> &Table {
+    pub(super) fn table(&self, name: &'static str) -> &Table {
         let index = TABLES.iter().position(|table| *table == name);
         &self.tables[index.expect("callers name tables by the literals of TABLES")]
     }
 
-    fn failed(&self, table: &'static str, action: &'static str) -> impl FnOnce(io::Error) -> MapError {
+    pub(super) fn failed(&self, table: &'static str, action: &'static str) -> impl FnOnce(io::Error) -> MapError {
         let entries = self.table(table).entries;
         move |source| MapError { table, action, hint: hint(table, &source, entries), source }
     }
@@ -92,26 +92,6 @@ impl KernelMaps {
 
     fn remove<K: aya::Pod>(&self, table: &'static str, key: &K) -> Result<(), MapError> {
         self.table(table).remove(bytes_of(key)).map(drop).map_err(self.failed(table, "delete from"))
-    }
-
-    /// Adds to one of the counts that only the agent writes, in the first CPU's element.
-    fn count(&self, what: FlowCount, more: u64) -> Result<(), MapError> {
-        let table = self.table("counts");
-        let key = what as u32;
-        let value = table.get(bytes_of(&key)).map_err(self.failed("counts", "read"))?;
-        let mut value = value.unwrap_or_else(|| vec![0; table.value]);
-        if let Some(first) = value.first_chunk_mut() {
-            *first = u64::from_ne_bytes(*first).wrapping_add(more).to_ne_bytes();
-        }
-        table.put(bytes_of(&key), &value).map_err(self.failed("counts", "write to"))
-    }
-
-    /// One of the counts, of each CPU.
-    fn per_cpu(&self, what: FlowCount) -> Result<Vec<u64>, MapError> {
-        let table = self.table("counts");
-        let value = table.get(bytes_of(&(what as u32))).map_err(self.failed("counts", "read"))?;
-        let value = value.unwrap_or_else(|| vec![0; table.value]);
-        Ok(value.as_chunks().0.iter().map(|count| u64::from_ne_bytes(*count)).collect())
     }
 
     /// Bases and bytes of the Maglev tables; the kernel gives out ids of the inner maps.
@@ -339,26 +319,7 @@ impl MapStore for KernelMaps {
     }
 
     fn share_openings(&self, counted: Option<u64>) -> Result<(), MapError> {
-        use FlowCount::{Opened, Settled, WrittenOff};
-        let (opened, settled, before) = (self.per_cpu(Opened)?, self.per_cpu(Settled)?, self.per_cpu(WrittenOff)?);
-        let added: Vec<u64> =
-            opened.iter().zip(&settled).map(|(opened, settled)| opened.wrapping_sub(*settled)).collect();
-        let all = counted.unwrap_or_else(|| {
-            let left = added.iter().zip(&before).map(|(added, off)| added.wrapping_sub(*off) as i64).sum::<i64>();
-            left.max(0) as u64
-        });
-        // Those that never begin a connection need no share.
-        let busy = opened.iter().filter(|opened| **opened > 0).count().max(1) as u64;
-        let share = |opened| if opened > 0 { all.div_ceil(busy) } else { 0 };
-        let after: Vec<u64> =
-            added.iter().zip(opened).map(|(added, opened)| added.wrapping_sub(share(opened))).collect();
-        if after != before {
-            let value: Vec<u8> = after.iter().flat_map(|count| count.to_ne_bytes()).collect();
-            self.table("counts")
-                .put(bytes_of(&(WrittenOff as u32)), &value)
-                .map_err(self.failed("counts", "write to"))?;
-        }
-        Ok(())
+        self.even_out(counted)
     }
 
     fn flow_counts(&self) -> Result<[u64; FlowCount::ALL.len()], MapError> {

@@ -10,6 +10,7 @@ mod attach;
 mod batch;
 mod clsact;
 mod collect;
+mod counts;
 mod device;
 mod dump;
 mod hooks;

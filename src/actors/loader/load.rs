@@ -1,20 +1,15 @@
 //! One load: what it depends on, and what it makes.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-
-use anyhow::Context;
-use kinesin_abi::{Addr, DEVICE_ETHERNET, DeviceValue};
-use kinesin_core::devices::Device;
 
 use crate::actor::Failure;
 use crate::config::{self, Config};
 use crate::datapath::{Acceleration, Datapath, LoadOptions, MapSizes, MapStore, cgroup2_root, ensure_bpffs};
 use crate::machine;
 use crate::sync::lock;
-use crate::world::Devices;
+use anyhow::Context;
 
 /// Counts loads of this process, so that every load is a change to those who follow the maps.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
@@ -103,56 +98,5 @@ pub(super) fn acceleration(config: &Config) -> Acceleration {
         config::Acceleration::Disabled => Acceleration::Disabled,
         config::Acceleration::Native => Acceleration::Native,
         config::Acceleration::BestEffort => Acceleration::BestEffort,
-    }
-}
-
-/// What the programs need to know of a device: its MAC and the addresses that translated packets may carry.
-pub(super) fn device_value(device: &Device) -> DeviceValue {
-    let global = |v6: &std::net::Ipv6Addr| !v6.is_loopback() && v6.segments()[0] & 0xffc0 != 0xfe80;
-    let addresses = || device.addresses.iter().map(|net| net.addr());
-    let ipv4 = addresses().find_map(|ip| match ip {
-        IpAddr::V4(v4) => Some(Addr::from(v4).v4_raw()),
-        IpAddr::V6(_) => None,
-    });
-    let ipv6 = addresses().find_map(|ip| match ip {
-        IpAddr::V6(v6) if global(&v6) => Some(Addr::from(v6)),
-        _ => None,
-    });
-    let mac = device.mac.filter(|_| !device.is_loopback);
-    DeviceValue {
-        mac: mac.unwrap_or_default(),
-        flags: if mac.is_some() { DEVICE_ETHERNET } else { 0 },
-        ipv4: ipv4.unwrap_or_default(),
-        ipv6: ipv6.unwrap_or_default(),
-    }
-}
-
-/// As many devices as there is room for: those that we serve before those that lend their address to packets that leave by
-/// them, and these before pods'.
-pub(super) fn most_needed(devices: &Devices, room: usize) -> Vec<&Device> {
-    let mut all: Vec<&Device> = devices.all.iter().collect();
-    all.sort_by_key(|device| (!devices.selected.contains(&device.ifindex), device.addresses.is_empty()));
-    all.truncate(room);
-    all
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_the_map_is_small_devices_that_are_served_come_first_and_pods_last() {
-        let device = |ifindex, address: Option<&str>| Device {
-            ifindex,
-            addresses: address.into_iter().map(|address| address.parse().expect("valid")).collect(),
-            ..Device::default()
-        };
-        let all =
-            vec![device(1, Some("127.0.0.1/8")), device(2, None), device(3, None), device(4, Some("10.0.0.4/24"))];
-        let devices = Devices { all, selected: vec![3] };
-        let chosen = |room| most_needed(&devices, room).iter().map(|device| device.ifindex).collect::<Vec<_>>();
-        assert_eq!(chosen(9), [3, 1, 4, 2]);
-        assert_eq!(chosen(2), [3, 1]);
-        assert_eq!(chosen(0), [0u32; 0]);
     }
 }
