@@ -22,7 +22,7 @@ use super::moving::{Moving, has_connections};
 use super::object::{with_exact_clock, with_maglev_size};
 use super::options::{LoadError, LoadOptions};
 use super::pin::{self, Migration, Pinned, Shape};
-use super::pods::{CONTAINER, PodHooks};
+use super::pods::PodHooks;
 use super::{MapStore, TABLES, sys};
 use crate::sync::lock;
 
@@ -183,9 +183,8 @@ impl Datapath {
         let devices =
             Place::ALL.into_iter().zip(ETHERNET).filter(|(place, _)| *place != Place::Xdp && self.has(*place));
         // The largest first, so that none of them begins last.
-        let pods = CONTAINER.into_iter().take(if self.options.ipv6 { 2 } else { 1 });
-        let wanted: Vec<_> =
-            devices.map(|(_, program)| program).chain(pods).chain(SOCKETS.map(|(program, _)| program)).collect();
+        let devices = devices.map(|(_, program)| program).chain(self.pod_programs());
+        let wanted: Vec<_> = devices.chain(SOCKETS.map(|(program, _)| program)).collect();
         let mut programs: Vec<_> = self.ebpf.programs_mut().filter(|(name, _)| wanted.contains(name)).collect();
         programs.sort_by_key(|(name, _)| wanted.iter().position(|wanted| wanted == name));
         let missing = wanted.iter().filter(|name| programs.iter().all(|(there, _)| there != *name));

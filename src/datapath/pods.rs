@@ -8,13 +8,16 @@ use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use aya::util::KernelVersion;
+
 use super::attach::{Attachment, HookStatus, TCX};
 use super::loader::Datapath;
 use super::options::AttachMode;
 use super::sys;
 
 /// The programs, that of IPv6 second.
-pub(super) const CONTAINER: [&str; 2] = ["cil_from_container", "cil_from_container6"];
+const CONTAINER: [&str; 2] = ["cil_from_container", "cil_from_container6"];
+const HAS_TCX: KernelVersion = KernelVersion::new(6, 6, 0);
 /// Where they hang, for people.
 const PLACE: &str = "pods ingress";
 
@@ -34,32 +37,37 @@ impl PodHooks {
 }
 
 impl Datapath {
+    /// The programs that hang there, as far as the kernel and the options have it.
+    pub(super) fn pod_programs(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let tcx =
+            self.options.attach == AttachMode::Auto && KernelVersion::current().is_ok_and(|kernel| kernel >= HAS_TCX);
+        let families = if self.options.ipv6 { 2 } else { 1 };
+        CONTAINER.into_iter().take(if tcx { families } else { 0 })
+    }
+
     /// Attaches to these devices (ifindex) of the calling thread's network namespace, and leaves all others. A program that
     /// fails says so in its status and leaves the other working.
     pub fn follow_pods(&mut self, devices: &BTreeSet<u32>) {
         self.pods.links.retain(|(_, ifindex), link| devices.contains(ifindex) && is_at(link, *ifindex));
         self.pods.status.clear();
-        if devices.is_empty() || self.options.attach != AttachMode::Auto {
+        if devices.is_empty() {
             return;
         }
-        for program in CONTAINER.into_iter().take(if self.options.ipv6 { 2 } else { 1 }) {
+        for program in self.pod_programs() {
             let attached = self.program_fd(program).and_then(|fd| self.pods.attach(program, fd.as_fd(), devices));
-            let status = attached.map(|there| there.then_some(Attachment::Tcx)).transpose();
-            self.pods.status.extend(status.map(|status| HookStatus::new(program, PLACE.into(), status)));
+            let status = attached.map(|()| Attachment::Tcx);
+            self.pods.status.push(HookStatus::new(program, PLACE.into(), status));
         }
     }
 }
 
 impl PodHooks {
-    /// Returns whether the kernel has tcx.
-    fn attach(&mut self, program: &'static str, fd: BorrowedFd<'_>, devices: &BTreeSet<u32>) -> Result<bool, String> {
-        let mut result = Ok(true);
+    fn attach(&mut self, program: &'static str, fd: BorrowedFd<'_>, devices: &BTreeSet<u32>) -> Result<(), String> {
+        let mut result = Ok(());
         for ifindex in devices {
             let Entry::Vacant(place) = self.links.entry((program, *ifindex)) else { continue };
             match sys::create_link(fd, *ifindex, TCX[0], 0) {
                 Ok(link) => drop(place.insert(link)),
-                // What kernels before 6.6 say.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
                 // It has gone meanwhile, which the next call will know.
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                 Err(error) => result = Err(format!("device {ifindex}: {error}")),
