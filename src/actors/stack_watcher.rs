@@ -78,35 +78,43 @@ impl Actor for StackWatcher {
             world,
         };
         // Before the loader writes the settings, if it can be said already.
-        watcher.follow();
+        watcher.follow().await?;
         Ok(watcher)
     }
 
     async fn handle(&mut self, _: StackWatcherMsg) -> Result<(), Failure> {
-        self.follow();
-        Ok(())
+        self.follow().await
     }
 }
 
 impl StackWatcher {
     /// Looks, where that is ours to do, and publishes what is decided; nothing before devices are known.
-    fn follow(&mut self) {
+    async fn follow(&mut self) -> Result<(), Failure> {
         drop((self.devices.changed(), self.config.changed(), self.programs.changed()));
         let said = self.world.config().services.legacy_host_routing;
         let seen = if said.is_some() {
             self.watch = None;
             Seen::default()
         } else {
-            let Some(devices) = self.world.devices.get() else { return };
+            let Some(devices) = self.world.devices.get() else { return Ok(()) };
             let watch = self.watch.get_or_insert_with(|| Watch::begin(self.me.clone()));
+            let mut sight = std::mem::take(&mut watch.sight);
+            // On a thread of its own: the kernel answers some of it only when nobody configures devices.
+            let (sight, seen) = tokio::task::spawn_blocking(move || {
+                let seen = sight.look(&devices);
+                (sight, seen)
+            })
+            .await?;
+            watch.sight = sight;
             let ours = self.world.programs.get().map(|ours| (*ours).clone()).unwrap_or_default();
-            let seen = Seen { ours, ..watch.sight.look(&devices) };
+            let seen = Seen { ours, ..seen };
             watch.timer = Some(self.me.cast_after(PERIOD, StackWatcherMsg::Look));
             seen
         };
         let routing = decide(said, &seen);
         self.tell(&routing);
         self.world.host_routing.set(routing);
+        Ok(())
     }
 
     /// One line in the log for each change of the way.

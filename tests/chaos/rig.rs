@@ -244,7 +244,7 @@ impl Rig {
 
     /// The last words of all agents, for failures.
     pub(crate) fn words(&self) -> String {
-        let tail = |node: &kinesin::lab::Node| kinesin::net::proc::tail(&node.log("agent"), 25);
+        let tail = |node: &kinesin::lab::Node| kinesin::net::proc::tail(&node.log("agent"), 200);
         self.lab.nodes().iter().map(|node| format!("--- {}\n{}\n", node.name(), tail(node))).collect()
     }
 }
