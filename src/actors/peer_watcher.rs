@@ -1,7 +1,8 @@
 //! Finds the nodes that packets can be handed on to as they are (dispatches `l2`, `ipip` and `opt`).
 //!
 //! owns: the peers map, the questions to the neighbour table and the routing tables
-//! hears: members, devices, nodes, a (re)loaded data path, the configuration, which way packets to pods take, the clock for asking neighbours again
+//! hears: members, devices, nodes, a (re)loaded data path, the configuration, which way packets to pods take, the clock for
+//! asking neighbours again
 //! says: the peers level: which nodes are neighbours or reached by route, and why the others are not
 //! restart story: judges anew from members and neighbour table; entries of the map that it knows nothing of stay while
 //! their node exists, so that connections go on

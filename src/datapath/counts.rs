@@ -3,7 +3,7 @@
 use kinesin_abi::FlowCount;
 
 use super::kernel::KernelMaps;
-use super::{MapError, bytes_of};
+use super::{MapError, bytes_of, dump};
 
 impl KernelMaps {
     /// See [`MapStore::share_openings`](super::MapStore::share_openings).
@@ -47,6 +47,6 @@ impl KernelMaps {
         let table = self.table("counts");
         let value = table.get(bytes_of(&(what as u32))).map_err(self.failed("counts", "read"))?;
         let value = value.unwrap_or_else(|| vec![0; table.value]);
-        Ok(value.as_chunks().0.iter().map(|count| u64::from_ne_bytes(*count)).collect())
+        Ok(dump::per_cpu(&value).collect())
     }
 }

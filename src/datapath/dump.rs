@@ -238,7 +238,12 @@ fn drop_key(slot: u32) -> String {
 
 /// The sum of a per-CPU number.
 pub(crate) fn total(value: &[u8]) -> u64 {
-    value.as_chunks().0.iter().map(|cpu| u64::from_ne_bytes(*cpu)).fold(0, u64::wrapping_add)
+    per_cpu(value).fold(0, u64::wrapping_add)
+}
+
+/// The numbers of a per-CPU number.
+pub(crate) fn per_cpu(value: &[u8]) -> impl Iterator<Item = u64> {
+    value.as_chunks().0.iter().map(|cpu| u64::from_ne_bytes(*cpu))
 }
 
 /// The sum of a per-CPU counter.

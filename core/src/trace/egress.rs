@@ -55,8 +55,7 @@ impl<V: View> Tracer<'_, V> {
     /// the way.
     fn way_past_the_stack(&self) -> Result<Option<(u32, String, Hop)>, V::Error> {
         let (dst, v6) = (self.packet.dst, self.packet.dst.is_ipv6());
-        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
-        let Some(src) = self.packet.src.filter(|_| ours) else { return Ok(None) };
+        let Some(src) = self.packet.src.filter(|_| self.has_ports()) else { return Ok(None) };
         if !self.view.settings()?.goes_straight(self.view.now()) {
             return Ok(None);
         }
@@ -73,10 +72,14 @@ impl<V: View> Tracer<'_, V> {
         Ok(leaves.then_some((pod.ifindex, how, hop)))
     }
 
+    /// Only such packets have entries of their own.
+    fn has_ports(&self) -> bool {
+        matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP)
+    }
+
     /// Only answers of local backends are changed on the way out.
     fn egress(&mut self) -> Result<Vec<Way>, V::Error> {
-        let ours = matches!(self.packet.proto, proto::TCP | proto::UDP | proto::SCTP);
-        if !ours {
+        if !self.has_ports() {
             return Ok(sure(Verdict::pass("only answers of backends are changed on the way out")));
         }
         match self.find_flow()? {

@@ -61,13 +61,19 @@ impl Settings {
     /// say of them may be out of date.
     #[inline(always)]
     pub const fn is_alive(&self, now: u64) -> bool {
-        self.alive_at != 0 && now.saturating_sub(self.alive_at) <= self.alive_for
+        self.was_alive_within(self.alive_for, now)
+    }
+
+    /// Whether the agent's last sign of life is no older than so many nanoseconds.
+    #[inline(always)]
+    const fn was_alive_within(&self, nanos: u64, now: u64) -> bool {
+        self.alive_at != 0 && now.saturating_sub(self.alive_at) <= nanos
     }
 
     /// Whether packets to pods of this node, and their answers, pass the host's stack by at a time of CLOCK_MONOTONIC.
     #[inline(always)]
     pub const fn goes_straight(&self, now: u64) -> bool {
-        let watched = self.alive_at != 0 && now.saturating_sub(self.alive_at) <= WATCHED_FOR;
+        let watched = self.was_alive_within(WATCHED_FOR, now);
         self.flags & SETTING_DIRECT_TO_PODS != 0 && (self.flags & SETTING_DIRECT_WATCHED == 0 || watched)
     }
 

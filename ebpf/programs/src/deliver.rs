@@ -5,8 +5,8 @@
 //! here: the last hop, a packet that is too long for its route, a neighbour that is not known, an address of the node
 //! itself, and devices that the agent has not named ([`DEVICE_POD`]).
 //!
-//! Deliberately absent: answers of the pods, which are in `depart`; ICMP, which goes by the stack; what DSR has addressed to the pod already; and
-//! devices without Ethernet header.
+//! Deliberately absent: answers of the pods, which are in `depart`; ICMP, which goes by the stack; what DSR has addressed to
+//! the pod already; and devices without Ethernet header.
 
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_UNSPEC},
